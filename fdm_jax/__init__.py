@@ -1,0 +1,8 @@
+"""Fast Diffusion Model (Wu et al., arXiv 2306.06991) in JAX and Flax.
+
+The core, from the idea outwards: :mod:`fdm_jax.momentum` (the damped oscillator and its scale s),
+:mod:`fdm_jax.families` (VP, VE, EDM), :mod:`fdm_jax.denoiser`, :mod:`fdm_jax.objective`,
+:mod:`fdm_jax.networks`, :mod:`fdm_jax.sampling`.  Everything there is pure functions of arrays.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,119 @@
+"""A zip or a folder of image files as one thing: sorted names in, bytes out, every failure one sentence."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Protocol
+
+from fdm_jax.errors import UserError
+
+LABELS_FILE = "dataset.json"
+
+
+class Archive(Protocol):
+    """Files by name, names being relative paths with forward slashes (``00000/img00000000.png``).
+
+    ``read`` may be called from several threads, after a fork, and on a pickled copy.
+    """
+
+    path: Path
+
+    def names(self) -> list[str]:
+        """All files, sorted by name: the order that defines the index of an image."""
+        ...
+
+    def read(self, name: str, size: int = -1) -> bytes:
+        """The first ``size`` bytes of the file (all of them by default).
+
+        Raises:
+          UserError: the file is missing or cannot be read in full.
+        """
+        ...
+
+
+def open_archive(path: str | os.PathLike[str]) -> Archive:
+    """Opens a zip file or a folder.
+
+    Raises:
+      UserError: nothing is there, or it is a file that is not a sound zip.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return FolderArchive(path)
+    if path.exists():
+        return ZipArchive(path)
+    raise UserError(f"no zip file or folder is at {path}: give the path of a data set in EDM's layout.")
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether the name is a by-product of an operating system (``__MACOSX/._a.png``), never data."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+class FolderArchive:
+    """The files below a folder, at any depth."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def names(self) -> list[str]:
+        def fail(error: OSError) -> None:  # os.walk would pass over a folder that it cannot list
+            raise UserError(f"{error.filename} cannot be listed ({error.strerror}).") from error
+
+        found = []
+        for folder, _, files in os.walk(self.path, onerror=fail):
+            found += [Path(folder, file).relative_to(self.path).as_posix() for file in files]
+        return sorted(name for name in found if not _is_hidden(name))
+
+    def read(self, name: str, size: int = -1) -> bytes:
+        try:
+            with open(self.path / name, "rb") as file:
+                return file.read(size)
+        except FileNotFoundError as error:
+            raise UserError(f"{name} is missing from the folder {self.path}.") from error
+        except OSError as error:
+            raise UserError(f"{name} in {self.path} cannot be read ({error.strerror}).") from error
+
+
+class ZipArchive:
+    """The entries of a zip file, stored or compressed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+        self._zip()  # a file that is no zip is to be reported here, not at the first batch
+
+    def _zip(self) -> zipfile.ZipFile:
+        # A ZipFile locks its own reads, so threads may share one; a forked child must not, because it would
+        # share the file offset with its parent. Hence one per process.
+        if self._opened is None or self._opened[0] != os.getpid():
+            try:
+                self._opened = os.getpid(), zipfile.ZipFile(self.path)
+            except zipfile.BadZipFile as error:
+                raise UserError(
+                    f"{self.path} is not a zip file, or a damaged or incomplete one ({error}): "
+                    "give a zip or folder in EDM's layout, and copy it again if it should be sound."
+                ) from error
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be opened ({error.strerror}).") from error
+        return self._opened[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": self.path, "_opened": None}
+
+    def names(self) -> list[str]:
+        entries = {name for name in self._zip().namelist() if not name.endswith("/")}
+        return sorted(name for name in entries if not _is_hidden(name))
+
+    def read(self, name: str, size: int = -1) -> bytes:
+        try:
+            with self._zip().open(name) as file:
+                return file.read(size)
+        except KeyError as error:
+            raise UserError(f"{name} is missing from {self.path}.") from error
+        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            # RuntimeError: the entry is encrypted; or, as NotImplementedError, packed in an unknown way.
+            raise UserError(f"{name} in {self.path} cannot be read ({error}): is the zip damaged?") from error

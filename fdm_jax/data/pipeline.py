@@ -1,0 +1,197 @@
+"""Endless shuffled batches whose order depends on the seed alone, whatever the number of processes.
+
+The order is one endless sequence of dataset indices: a permutation of 0..N-1 for epoch 0, another for
+epoch 1, and so on.  Global batch k is places kG..(k+1)G-1 of it (batches run on across the ends of epochs),
+and process p of P reads the p-th of P equal runs of each batch.  A position in the data is therefore one
+number, k.
+
+Grain turns k into a batch and reads ahead.  Its own shuffle is not used: measured with Grain 0.2.18 it takes
+3 ms per example for a set of 23 images and 40 us for the digits, where slicing a permutation takes next to
+nothing, and a saved position would depend on the version of Grain.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import grain.python as grain
+import numpy as np
+
+from fdm_jax.data.sources import Source
+from fdm_jax.errors import UserError
+
+
+class _Order:
+    """The endless sequence of dataset indices; any part of it can be had directly."""
+
+    def __init__(self, num_images: int, seed: int):
+        self._num_images, self._seed = num_images, seed
+        # Several, because threads near the end of an epoch need two at a time.
+        self._epoch = functools.lru_cache(maxsize=4)(self._permutation)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        # numpy promises that SeedSequence and RandomState never change, but not so for its newer Generator.
+        bits = np.random.MT19937(np.random.SeedSequence(self._seed, spawn_key=(epoch,)))
+        return np.random.RandomState(bits).permutation(self._num_images)
+
+    def places(self, start: int, stop: int) -> np.ndarray:
+        """The dataset indices at places start..stop-1, int64 [stop - start]."""
+        n = self._num_images
+        epochs = range(start // n, (stop - 1) // n + 1)
+        return np.concatenate([self._epoch(e)[max(start - e * n, 0) : stop - e * n] for e in epochs])
+
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """This process's part of every global batch, read ahead by threads; see :func:`make_batches`.
+
+    Yields ``image`` uint8 [G/P, H, W, C], ``label`` int32 [G/P], and ``index`` int32 [G/P]: the place of each
+    example in the global batch, to draw its randomness from.  If reading fails, the exception comes with the
+    batch it belongs to, and the position stays before that batch.
+
+    Attributes:
+      batch_size: G, over all processes.
+      batches: how many global batches were delivered so far.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int,
+        process_count: int,
+        num_threads: int,
+        prefetch: int,
+    ):
+        self.batch_size = batch_size
+        self.batches = 0
+        self._source, self._seed = source, int(seed)
+        self._order = _Order(len(source), seed)
+        rows = batch_size // process_count
+        self._rows = range(process_index * rows, (process_index + 1) * rows)  # ours of each global batch
+        self._read_options = grain.ReadOptions(min(num_threads, prefetch), prefetch)
+        self._reader: grain.DatasetIterator | None = None
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._reader is None:
+            to_come = grain.MapDataset.range(self.batches, sys.maxsize)
+            self._reader = iter(to_come.map(self._read).to_iter_dataset(self._read_options))
+        try:
+            batch = next(self._reader)
+        except BaseException:
+            self.close()  # Grain would go on with the batch after; a new reader tries the same one again
+            raise
+        self.batches += 1
+        return batch
+
+    def _read(self, k: int) -> dict[str, np.ndarray]:
+        start = k * self.batch_size
+        indices = self._order.places(start + self._rows.start, start + self._rows.stop)
+        return {**self._source.read(indices), "index": np.array(self._rows, np.int32)}
+
+    def close(self) -> None:
+        """Stops reading ahead. Going on afterwards is allowed and continues in place."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def get_state(self) -> dict[str, int]:
+        """The position as a small dict for JSON: equal on every process, and independent of their number.
+
+        ``batches`` counts the global batches that ``next`` has returned, not those read ahead.  The rest is
+        there to refuse what does not belong: the seed, N, G, and the dataset index of the first example not
+        delivered, which would differ if another version shuffled otherwise.
+        """
+        return {
+            "batches": self.batches,
+            "batch_size": self.batch_size,
+            "seed": self._seed,
+            "num_images": len(self._source),
+            "next_image": self._next_image(self.batches),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position that :meth:`get_state` gave, with any number of processes.
+
+        Raises:
+          UserError: the state is not of this seed, number of images, batch size or order; nothing is changed.
+        """
+        batches = state.get("batches")
+        if type(batches) is not int or batches < 0:
+            raise UserError(
+                f"the saved data position has batches={batches!r}: it must be a whole number from 0."
+            )
+        expected = self.get_state() | {"batches": batches, "next_image": self._next_image(batches)}
+        words = {
+            "batch_size": "batch size",
+            "seed": "data seed",
+            "num_images": "number of images",
+            "next_image": "next image in the order of the data",
+        }
+        for field, what in words.items():
+            if state.get(field) != expected[field]:
+                raise UserError(
+                    f"the saved data position does not fit: its {what} is {state.get(field)!r}, here it is "
+                    f"{expected[field]}; resume with the same data, seed, batch size and version of fdm_jax."
+                )
+        self.close()
+        self.batches = batches
+
+    def _next_image(self, batches: int) -> int:
+        place = batches * self.batch_size
+        return int(self._order.places(place, place + 1)[0])
+
+
+def make_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+    prefetch: int = 8,
+) -> Batches:
+    """The endless iterator of this process's part of shuffled batches.
+
+    Args:
+      source: at least one image.
+      batch_size: G, the number of examples in a batch over all processes; may exceed the number of images.
+      seed: of the order, from 0.
+      process_index: p, this process.
+      process_count: P, which must divide G.
+      num_threads: how many batches are read at the same time; does not change what is delivered.
+      prefetch: how many batches are read ahead; 0 reads in the caller's thread.
+
+    Raises:
+      UserError: a number is out of range, or G is not a multiple of P.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch size is {batch_size}: it must be at least 1.")
+    if process_count < 1:
+        raise UserError(f"process count is {process_count}: it must be at least 1.")
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process index is {process_index}: it must be from 0 to {process_count - 1}.")
+    if batch_size % process_count:
+        below = batch_size - batch_size % process_count
+        advice = f"{below} or {below + process_count}" if below else f"{process_count}"
+        raise UserError(
+            f"batch size {batch_size} does not divide by {process_count} processes; {advice} would."
+        )
+    if seed < 0:
+        raise UserError(f"data seed is {seed}: it must be a whole number from 0.")
+    if num_threads < 1 or prefetch < 0:
+        raise UserError(f"num_threads={num_threads} must be at least 1 and prefetch={prefetch} at least 0.")
+    return Batches(
+        source,
+        batch_size=batch_size,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+        num_threads=num_threads,
+        prefetch=prefetch,
+    )

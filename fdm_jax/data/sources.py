@@ -1,0 +1,305 @@
+"""Where images come from: a TFDS builder of our own by name, or a zip or folder in EDM's layout by path.
+
+A source is a fixed, indexable collection of ``uint8 [H, W, C]`` images, all of one square size, each with a
+class label.  Everything is checked as early as it is cheap to: the labels and the size of every PNG when the
+source is opened, the rest of an image when it is read.  Shuffling and batching are the part of
+:mod:`fdm_jax.data.pipeline`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import operator
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fdm_jax.data import images as image_files
+from fdm_jax.data.archives import Archive, open_archive
+from fdm_jax.data.labels import read_labels
+from fdm_jax.errors import UserError, nearest
+
+# Larger archives have their PNG headers checked as images are read, not when opened (20 us each in a zip).
+MAX_HEADERS_CHECKED = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """What a consumer must know about a source.
+
+    Attributes:
+      name: for logs and file names.
+      num_images: N, mirrored copies included.
+      resolution: height and width in pixels.
+      channels: 1 (grey) or 3 (RGB).
+      num_classes: the highest label plus one, or 0 if unlabelled.
+      class_names: one name per class, if known.
+    """
+
+    name: str
+    num_images: int
+    resolution: int
+    channels: int
+    num_classes: int
+    class_names: tuple[str, ...] | None = None
+
+
+class Source(abc.ABC):
+    """An indexable collection of images; safe to read from several threads and to pickle."""
+
+    spec: DataSpec
+
+    @abc.abstractmethod
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Reads B images into new arrays: ``image`` uint8 [B, H, W, C], ``label`` int32 [B].
+
+        Labels are 0 if there are none.
+
+        Raises:
+          UserError: an image file is missing, damaged or not like the others.
+        """
+
+    def __len__(self) -> int:
+        return self.spec.num_images
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Image ``index`` as ``{"image": uint8 [H, W, C], "label": int32 []}``."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """A list of what ``__getitem__`` gives, read together.
+
+        Raises:
+          IndexError: an index is outside 0..N-1.
+        """
+        indices = [operator.index(i) for i in indices]
+        for i in indices:
+            if not 0 <= i < len(self):
+                raise IndexError(f"image {i} of {self.spec.name}, which has {len(self)}")
+        batch = self.read(indices)
+        pairs = zip(batch["image"], batch["label"], strict=True)
+        return [{"image": image, "label": label} for image, label in pairs]
+
+
+class ArraySource(Source):
+    """Images that are in memory: uint8 [N, H, W, C] and int32 [N]."""
+
+    def __init__(self, spec: DataSpec, images: np.ndarray, labels: np.ndarray):
+        self.spec, self._images, self._labels = spec, images, labels
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        indices = np.asarray(indices, np.int64)
+        return {"image": self._images[indices], "label": self._labels[indices]}
+
+
+class FileSource(Source):
+    """The image files of a zip or folder, sorted by name, with labels from ``dataset.json`` if wanted.
+
+    Raises:
+      UserError: there are no images, the labels are not right, or images differ in size, are not square or
+        neither grey nor RGB.
+    """
+
+    def __init__(self, archive: Archive, *, use_labels: bool = True):
+        self._archive = archive
+        files = archive.names()
+        extensions = image_files.image_extensions()
+        self._names = [name for name in files if os.path.splitext(name)[1].lower() in extensions]
+        if not self._names:
+            raise UserError(f"{archive.path} holds no image files: put some there, such as img00000000.png.")
+        self._labels: np.ndarray = np.zeros(len(self._names), np.int32)
+        if use_labels:
+            self._labels = read_labels(archive, files, self._names)
+
+        self._shape = image_files.ImageShape(*self._decode(0).shape)
+        if self._shape.height != self._shape.width:
+            raise UserError(f"{self._where(0)} is {self._shape}, but images must be square: crop them first.")
+        self._check_headers()
+        self.spec = DataSpec(
+            name=archive.path.resolve().stem,
+            num_images=len(self._names),
+            resolution=self._shape.height,
+            channels=self._shape.channels,
+            num_classes=int(self._labels.max()) + 1 if use_labels else 0,
+        )
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        images = np.empty((len(indices), *self._shape), np.uint8)
+        for row, i in enumerate(indices):
+            image = self._decode(i)
+            self._check(i, image_files.ImageShape(*image.shape))
+            images[row] = image
+        return {"image": images, "label": self._labels[np.asarray(indices, np.int64)]}
+
+    def _where(self, i: int) -> str:
+        return f"{self._names[i]} in {self._archive.path}"
+
+    def _decode(self, i: int) -> np.ndarray:
+        return image_files.decode_image(self._archive.read(self._names[i]), self._where(i))
+
+    def _check(self, i: int, shape: image_files.ImageShape) -> None:
+        if shape != self._shape:
+            raise UserError(
+                f"{self._where(i)} is {shape}, but {self._names[0]} is {self._shape}: make them alike."
+            )
+
+    def _check_headers(self) -> None:
+        if len(self._names) > MAX_HEADERS_CHECKED:
+            return
+        for i, name in enumerate(self._names):
+            if name.lower().endswith(".png"):
+                head = self._archive.read(name, image_files.PNG_HEADER_BYTES)
+                shape = image_files.png_shape(head, self._where(i))
+                if shape is None:  # a damaged file, or another kind of image under the wrong name
+                    shape = image_files.ImageShape(*self._decode(i).shape)
+                self._check(i, shape)
+
+
+class Subset(Source):
+    """A random choice of ``max_images`` images, in their old order; the same choice as EDM's ``max_size``.
+
+    All of them if there are no more. ``num_classes`` stays that of the whole.
+    """
+
+    def __init__(self, inner: Source, max_images: int, seed: int = 0):
+        if max_images < 1:
+            raise UserError(f"max_images is {max_images}: it must be at least 1, or left out for all.")
+        order = np.arange(len(inner))
+        if len(inner) > max_images:
+            np.random.RandomState(seed % 2**31).shuffle(order)
+        self._inner, self._chosen = inner, np.sort(order[:max_images])
+        self.spec = dataclasses.replace(inner.spec, num_images=len(self._chosen))
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        return self._inner.read(self._chosen[np.asarray(indices, np.int64)])
+
+
+class XFlip(Source):
+    """Every image twice: index N + i is image i mirrored left to right, with the same label."""
+
+    def __init__(self, inner: Source):
+        self._inner = inner
+        self.spec = dataclasses.replace(inner.spec, num_images=2 * len(inner))
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        indices = np.asarray(indices, np.int64)
+        batch = self._inner.read(indices % len(self._inner))
+        mirrored = indices >= len(self._inner)
+        batch["image"][mirrored] = batch["image"][mirrored, :, ::-1]
+        return batch
+
+
+class Unlabelled(Source):
+    """The same images without their labels."""
+
+    def __init__(self, inner: Source):
+        self._inner = inner
+        self.spec = dataclasses.replace(inner.spec, num_classes=0, class_names=None)
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        batch = self._inner.read(indices)
+        return {"image": batch["image"], "label": np.zeros_like(batch["label"])}
+
+
+class Cached(Source):
+    """Keeps every image once read, N*H*W*C bytes in all. A pickled copy starts empty."""
+
+    def __init__(self, inner: Source):
+        self._inner, self.spec = inner, inner.spec
+        self._allocate()
+
+    def _allocate(self) -> None:
+        n, size = len(self._inner), self.spec.resolution
+        self._images = np.empty((n, size, size, self.spec.channels), np.uint8)  # takes memory as it is filled
+        self._labels = np.empty(n, np.int32)
+        self._known = np.zeros(n, bool)
+        self._lock = threading.Lock()
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        indices = np.asarray(indices, np.int64)
+        with self._lock:
+            missing = np.unique(indices[~self._known[indices]])
+        if missing.size:
+            # Outside the lock, so that threads decode in parallel; should two read the same image, no harm.
+            batch = self._inner.read(missing)
+            with self._lock:
+                self._images[missing], self._labels[missing] = batch["image"], batch["label"]
+                self._known[missing] = True
+        return {"image": self._images[indices], "label": self._labels[indices]}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_inner": self._inner, "spec": self.spec}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._allocate()
+
+
+def _open_digits(split: str, data_dir: str | None) -> Source:
+    # Here, because importing TFDS takes a second which those who give a path need not wait.
+    from fdm_jax.data import digits
+
+    images, labels = digits.load_digits_arrays(split, data_dir)
+    names = digits.CLASS_NAMES
+    return ArraySource(DataSpec("digits", len(images), 8, 1, len(names), names), images, labels)
+
+
+# Name -> how to open (split, data_dir).
+BUILDERS: dict[str, Callable[[str, str | None], Source]] = {"digits": _open_digits}
+
+
+def open_source(
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    data_dir: str | None = None,
+    use_labels: bool = True,
+    xflip: bool = False,
+    max_images: int | None = None,
+    seed: int = 0,
+    cache_mb: int = 512,
+) -> Source:
+    """Opens a data set.
+
+    Args:
+      source: the name of a builder (``digits``), or the path of a zip or folder in EDM's layout. A folder
+        that is called like a builder is reached as ``./digits``.
+      split: of a builder, ``train``, ``test`` or ``all``; a zip or folder has only ``train``.
+      data_dir: where builders prepare their files; ``$XDG_CACHE_HOME/fdm_jax/data`` by default.
+      use_labels: whether labels are read, and required; without, all are 0 and ``spec.num_classes`` is 0.
+      xflip: whether every image is there a second time, mirrored; N doubles.
+      max_images: at most so many images, chosen at random by ``seed``, before mirroring.
+      seed: of that choice alone.
+      cache_mb: decoded images of a zip or folder stay in memory if all of them fit in so many MiB.
+
+    Raises:
+      UserError: the data set is unknown, missing, damaged or not of the kind described above.
+    """
+    name = os.fspath(source)
+    opened: Source
+    if name in BUILDERS:
+        opened = BUILDERS[name](split, data_dir)
+        if not use_labels:
+            opened = Unlabelled(opened)
+    else:
+        opened = _open_path(name, split, use_labels)
+    if max_images is not None:
+        opened = Subset(opened, max_images, seed)
+    spec = opened.spec
+    if name not in BUILDERS and spec.num_images * spec.resolution**2 * spec.channels <= cache_mb * 2**20:
+        opened = Cached(opened)
+    return XFlip(opened) if xflip else opened
+
+
+def _open_path(name: str, split: str, use_labels: bool) -> Source:
+    path = Path(name).expanduser()
+    if not path.exists() and path.name == name and not path.suffix:  # a bare word: a name, not a path
+        raise UserError(f"no data set, zip or folder is called {name!r}: {nearest(name, BUILDERS)}")
+    archive = open_archive(path)
+    if split not in ("train", "all"):
+        raise UserError(f"split is {split!r}, but a zip or folder such as {name} has only 'train'.")
+    return FileSource(archive, use_labels=use_labels)

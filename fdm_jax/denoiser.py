@@ -1,0 +1,42 @@
+"""D(x; sigma): a family wrapped around a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from fdm_jax.families import Family
+
+
+class DenoiseFn(Protocol):
+    """What objectives and samplers work on: the best guess of y given x = y + sigma n."""
+
+    def __call__(self, x: jax.Array, sigma: jax.Array, /) -> jax.Array:
+        """x is [B, H, W, C], sigma a scalar or [B]; the result has x's shape."""
+        ...
+
+
+def make_denoise_fn(family: Family, network: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise, ...), computed in x's own precision around F.
+
+    Args:
+      family: gives the coefficients.
+      network: F(x [B, H, W, C], c_noise [B], ...) -> [B, H, W, C]; any compute type of its own.
+
+    Returns:
+      ``denoise(x, sigma, *args, **kwargs)``; sigma is a scalar or [B], further arguments go to the network
+      as they are (class_labels, augment_labels, ...).
+    """
+
+    def denoise(x: jax.Array, sigma: jax.Array | float, *args: Any, **kwargs: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
+        c = family.coefficients(sigma)
+        c_skip, c_out, c_in = (coefficient[:, None, None, None] for coefficient in (c.c_skip, c.c_out, c.c_in))
+        F_x = network(c_in * x, c.c_noise, *args, **kwargs)
+        return c_skip * x + c_out * F_x.astype(x.dtype)
+
+    return denoise

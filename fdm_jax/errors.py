@@ -1,0 +1,20 @@
+"""The one exception that a person is meant to read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: one sentence saying what, which value, and what would be right.
+
+    The command line prints the sentence and exits with code 2; library callers may catch it.
+    """
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Words for the end of an error sentence: the choice most like ``word``, or the whole list if none is close."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "choose one of " + ", ".join(choices) + "."

@@ -1,0 +1,66 @@
+"""The original's state-dict names and layouts, and ours.
+
+    enc.16x16_block0.conv0.weight [O, I, kh, kw]   <->   enc_16x16_block0/conv0/kernel [kh, kw, I, O]
+    map_layer0.weight [O, I]                       <->   map_layer0/kernel [I, O]
+    dec.16x16_aux_norm.weight [C]                  <->   dec_16x16_aux_norm/scale [C]
+    enc.16x16_block0.qkv.weight [3C, C, 1, 1]      <->   enc_16x16_block0/attention/qkv/kernel [1, 1, C, 3C]
+
+The original interleaves q, k and v (channel 3 c + {0, 1, 2}); ours are three blocks of C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fdm_jax.errors import UserError
+
+_IN_ATTENTION = ("norm2", "qkv", "proj")
+
+
+def _path(name: str, ndim: int) -> tuple[str, ...]:
+    """Our place of the original's parameter ``name``."""
+    head, *rest = name.split(".")
+    if head in ("enc", "dec"):
+        head, *rest = [f"{head}_{rest[0]}", *rest[1:]]
+    if rest[0] in _IN_ATTENTION:
+        rest = ["attention", *rest]
+    leaf = "bias" if rest[-1] == "bias" else ("scale" if ndim == 1 else "kernel")
+    return (head, *rest[:-1], leaf)
+
+
+def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of :class:`~fdm_jax.networks.SongUNet` from an original state dict.
+
+    Args:
+      state_dict: arrays under the original's names, with or without the leading ``model.``; resampling filters,
+        which are no parameters, are passed over.
+
+    Returns:
+      {"params": ..., "constants": ...} of float32 NumPy arrays ("constants" only for NCSN++).
+
+    Raises:
+      UserError: a tensor of more dimensions than any parameter has.
+    """
+    variables: dict[str, Any] = {"params": {}}
+    for full_name, value in state_dict.items():
+        name = full_name.removeprefix("model.")
+        value = np.asarray(value, np.float32)
+        if name.endswith("resample_filter"):
+            continue
+        if name == "map_noise.freqs":
+            variables["constants"] = {"map_noise": {"freqs": value}}
+            continue
+        if value.ndim not in (1, 2, 4):
+            raise UserError(f"The tensor {full_name} has shape {value.shape}; 1, 2 or 4 dimensions were expected.")
+        *parents, leaf = _path(name, value.ndim)
+        if parents[-1] == "qkv":  # [3 c + j, ...] -> [j C + c, ...]
+            value = value.reshape(-1, 3, *value.shape[1:]).swapaxes(0, 1).reshape(value.shape)
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T  # OIHW -> HWIO, [O, I] -> [I, O]
+        node = variables["params"]
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return variables

@@ -1,0 +1,145 @@
+"""Convolution with resampling, attention, and the residual block of the U-Nets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fdm_jax.networks.resample import downsample, upsample
+
+Dtype = Any
+SQRT_HALF = math.sqrt(0.5)
+
+
+def xavier_uniform(scale: float = 1.0) -> nn.initializers.Initializer:
+    """Xavier-uniform over the receptive field, times ``scale``: 1e-5 starts a branch near zero."""
+    xavier = nn.initializers.xavier_uniform()
+    return lambda *args, **kwargs: scale * xavier(*args, **kwargs)
+
+
+def num_groups(channels: int) -> int:
+    """Groups of a GroupNorm over ``channels``: at least four channels each, at most 32 groups."""
+    return max(min(32, channels // 4), 1)
+
+
+def group_norm(channels: int, dtype: Dtype, name: str) -> nn.GroupNorm:
+    """GroupNorm with eps 1e-6; statistics in float32 by the two-pass formula, which small inputs need."""
+    return nn.GroupNorm(num_groups(channels), epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Conv(nn.Module):
+    """Same-size convolution [B, H, W, C] -> [B, H', W', features], doubling or halving the image on the way.
+
+    Attributes:
+      features: output channels.
+      kernel_size: 1 or 3.
+      resample: None, "up" or "down"; comes before the convolution.
+      resample_filter: taps of the resampling filter.
+      fused: resample after the convolution when going down (before it when going up) with the paddings of both
+        pushed to the first operation, so that no border of zeros arises between the two.
+      init_scale: factor on the Xavier-uniform start of the kernel.
+    """
+
+    features: int
+    kernel_size: int = 3
+    resample: str | None = None
+    resample_filter: Sequence[float] = (1, 1)
+    fused: bool = False
+    init_scale: float = 1.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        k, taps = self.kernel_size, self.resample_filter
+        kernel = self.param("kernel", xavier_uniform(self.init_scale), (k, k, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        w_pad, f_pad = k // 2, (len(taps) - 1) // 2
+
+        def conv(x: jax.Array, pad: int) -> jax.Array:
+            return jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+
+        if self.resample is None:
+            x = conv(x, w_pad)
+        elif self.fused and self.resample == "up":
+            x = conv(upsample(x, taps, max(f_pad - w_pad, 0)), max(w_pad - f_pad, 0))
+        elif self.fused:
+            x = downsample(conv(x, w_pad + f_pad), taps, 0)
+        elif self.resample == "down":
+            x = conv(downsample(x, taps), w_pad)
+        elif k == 1:
+            x = upsample(conv(x, 0), taps)  # a 1x1 kernel commutes with the filter: a quarter of the work
+        else:
+            x = conv(upsample(x, taps), w_pad)
+        return x + bias
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, one head; softmax in float32.  Residual: (x + proj(attend(x))) / sqrt(2)."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, H, W, C = x.shape
+        h = group_norm(C, self.dtype, "norm2")(x)
+        qkv = Conv(3 * C, 1, init_scale=math.sqrt(0.2), dtype=self.dtype, name="qkv")(h)
+        q, k, v = jnp.split(qkv.reshape(B, H * W, 1, 3 * C), 3, axis=-1)
+        h = attend(q, k, v).reshape(B, H, W, C)
+        return (Conv(C, 1, init_scale=1e-5, dtype=self.dtype, name="proj")(h) + x) * jnp.asarray(SQRT_HALF, x.dtype)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(C)) v for q, k, v [B, positions, heads, C]."""
+    return jax.nn.dot_product_attention(q, k, v)
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
+    """Zero each value with probability ``rate`` and scale the rest up; one key per example, [B].
+
+    A key per example (rather than one per batch) makes an example's mask independent of how the batch is cut
+    over devices and accumulation rounds.
+    """
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+class UNetBlock(nn.Module):
+    """Residual block: norm, silu, (resample), conv, + embedding, norm, silu, dropout, conv, + skip; then attention.
+
+    Attributes:
+      features: output channels.
+      resample, resample_filter: see :class:`Conv`.
+      attention: append self-attention.
+      dropout: rate; used when the call is given keys.
+    """
+
+    features: int
+    resample: str | None = None
+    resample_filter: Sequence[float] = (1, 1)
+    attention: bool = False
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, emb: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
+        """x [B, H, W, C], emb [B, E] float32, dropout_keys [B] or None -> [B, H', W', features]."""
+        resampled = {"resample": self.resample, "resample_filter": self.resample_filter, "dtype": self.dtype}
+        h = Conv(self.features, 3, **resampled, name="conv0")(nn.silu(group_norm(x.shape[-1], self.dtype, "norm0")(x)))
+        shift = nn.Dense(self.features, kernel_init=xavier_uniform(), name="affine")(emb)
+        h = h + shift.astype(self.dtype)[:, None, None, :]
+        h = nn.silu(group_norm(self.features, self.dtype, "norm1")(h))
+        if self.dropout > 0 and dropout_keys is not None:
+            h = dropout(h, self.dropout, dropout_keys)
+        h = Conv(self.features, 3, init_scale=1e-5, dtype=self.dtype, name="conv1")(h)
+        if self.resample is not None or x.shape[-1] != self.features:
+            x = Conv(self.features, 1, **resampled, name="skip")(x)
+        x = (h + x) * jnp.asarray(SQRT_HALF, h.dtype)
+        return Attention(self.dtype, name="attention")(x) if self.attention else x

@@ -1,0 +1,69 @@
+"""Doubling and halving of images with a small FIR filter, one axis at a time.
+
+A filter f of even length K, normalised to sum 1, is applied along each of the two axes; together that is
+the depthwise convolution with the outer product of f with itself:
+
+    down   y[i] = sum_k f[k] x[2 i + k - pad]                     stride-2 convolution
+    up     y[j] = sum_k 2 f[k] x[(j + pad - k) / 2]               stride-2 transposed convolution (integer places)
+
+Outside the image x is 0, and pad = (K - 2) / 2 unless given.  Written as sums of slices: XLA fuses them into one
+pass, while depthwise convolutions of such short filters (and their gradients) are slow on every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def _taps(filter_taps: Sequence[float]) -> list[float]:
+    total = sum(filter_taps)
+    return [tap / total for tap in filter_taps]
+
+
+def _pad_axis(x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
+    """Zero padding; a negative amount crops."""
+    config = [(0, 0, 0)] * x.ndim
+    config[axis] = (before, after, 0)
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), config)
+
+
+def _weighted(x: jax.Array, weight: float) -> jax.Array:
+    return x * jnp.asarray(weight, x.dtype)
+
+
+def downsample(x: jax.Array, filter_taps: Sequence[float] = (1, 1), pad: int | None = None) -> jax.Array:
+    """Halve height and width of x [B, H, W, C]; [1, 1] is the 2x2 mean."""
+    taps = _taps(filter_taps)
+    pad = (len(taps) - 1) // 2 if pad is None else pad
+    for axis in (1, 2):
+        size = (x.shape[axis] + 2 * pad - len(taps)) // 2 + 1
+        padded = _pad_axis(x, axis, pad, pad)
+        x = sum(
+            _weighted(jax.lax.slice_in_dim(padded, k, k + 2 * size - 1, 2, axis), tap) for k, tap in enumerate(taps)
+        )
+    return x
+
+
+def upsample(x: jax.Array, filter_taps: Sequence[float] = (1, 1), pad: int | None = None) -> jax.Array:
+    """Double height and width of x [B, H, W, C]; [1, 1] repeats every pixel."""
+    taps = _taps(filter_taps)
+    pad = (len(taps) - 1) // 2 if pad is None else pad
+    half = len(taps) // 2
+    for axis in (1, 2):
+        n = x.shape[axis]
+        # Even and odd outputs of the full transposed convolution each see every second tap.
+        padded = _pad_axis(x, axis, half - 1, half - 1)
+        phases = [
+            sum(
+                _weighted(jax.lax.slice_in_dim(padded, half - 1 - j, n + 2 * half - 2 - j, 1, axis), 2 * taps[2 * j + phase])
+                for j in range(half)
+            )
+            for phase in (0, 1)
+        ]
+        full = jnp.stack(phases, axis=axis + 1)
+        full = full.reshape(*x.shape[:axis], 2 * (n + half - 1), *x.shape[axis + 1 :])
+        x = _pad_axis(full, axis, -pad, -pad)
+    return x

@@ -1,0 +1,34 @@
+"""One integer seed per image decides its latent, its label and its churn noise, whatever is sampled beside it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+# Separate streams of one seed.
+_LATENT, _LABEL, _CHURN = range(3)
+
+
+def _keys(seeds: jax.Array, stream: int) -> jax.Array:
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stream))(seeds)
+
+
+def latents(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal [B, *shape] for seeds [B]."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(seeds, _LATENT))
+
+
+def labels(seeds: jax.Array, num_classes: int) -> jax.Array:
+    """A class for each seed, int32 [B], uniform over the classes."""
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes))(_keys(seeds, _LABEL))
+
+
+def churn_noise(seeds: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal [B, *shape] for the sampler's step."""
+    draw = lambda key: jax.random.normal(jax.random.fold_in(key, step), shape)  # noqa: E731
+    return jax.vmap(draw)(_keys(seeds, _CHURN))
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """[-1, 1] -> clip(x * 127.5 + 128, 0, 255), truncated."""
+    return jnp.clip(images * 127.5 + 128, 0, 255).astype(jnp.uint8)

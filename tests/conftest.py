@@ -1,0 +1,29 @@
+"""Shared by all tests: eight host devices, the compile cache, golden files."""
+
+import os
+import pathlib
+
+# Before JAX starts: devices for the sharding tests.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden(name) -> the arrays of tests/golden/name.npz, from the PyTorch original."""
+    return lambda name: np.load(GOLDEN / f"{name}.npz")
+
+
+def nhwc(array):
+    """[..., C, H, W] -> [..., H, W, C]."""
+    return np.moveaxis(np.asarray(array), -3, -1)

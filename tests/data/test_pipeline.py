@@ -1,0 +1,195 @@
+"""The order of the data: whole epochs, one sequence for any number of processes, exact resumption."""
+
+import itertools
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from fdm_jax.data.pipeline import make_batches
+from fdm_jax.data.sources import ArraySource, DataSpec
+from fdm_jax.errors import UserError
+
+N, G = 23, 8  # three epochs are 69 examples; no batch ends where an epoch does before the 23rd
+
+
+class Traced(ArraySource):
+    """Image i holds i in its one pixel and as its label; remembers what was read."""
+
+    def __init__(self, n=N):
+        numbers = np.arange(n)
+        images = numbers.astype(np.uint8).reshape(n, 1, 1, 1)
+        super().__init__(DataSpec("traced", n, 1, 1, n), images, numbers.astype(np.int32))
+        self.seen = []
+
+    def read(self, indices):
+        self.seen.append(np.asarray(indices).tolist())
+        return super().read(indices)
+
+
+def batches(process=0, count=1, *, source=None, seed=3, **options):
+    options = {"batch_size": G, "num_threads": 3, "prefetch": 5} | options
+    return make_batches(source or Traced(), seed=seed, process_index=process, process_count=count, **options)
+
+
+def labels(data, steps):
+    return np.concatenate([batch["label"] for batch in itertools.islice(data, steps)])
+
+
+def global_labels(streams, steps):
+    return np.concatenate([next(stream)["label"] for _ in range(steps) for stream in streams])
+
+
+def test_what_a_batch_holds():
+    for p in range(2):
+        batch = next(batches(p, 2))
+        assert set(batch) == {"image", "label", "index"}
+        assert batch["image"].shape == (4, 1, 1, 1) and batch["image"].dtype == np.uint8
+        assert batch["label"].shape == (4,) and batch["label"].dtype == np.int32
+        np.testing.assert_array_equal(batch["image"].ravel(), batch["label"])
+        np.testing.assert_array_equal(batch["index"], np.arange(4) + 4 * p)
+        assert batch["index"].dtype == np.int32
+
+
+def test_every_image_once_per_epoch_and_another_order_in_each():
+    epochs = labels(batches(), 9)[: 3 * N].reshape(3, N)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(N))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert not any(np.array_equal(epoch, np.arange(N)) for epoch in epochs)
+
+
+@pytest.mark.parametrize("n, g", [(1, 4), (2, 1), (3, 10)])
+def test_batches_larger_than_the_data(n, g):
+    order = labels(batches(source=Traced(n), batch_size=g), 30)[: 10 * n].reshape(10, n)
+    assert all(sorted(epoch) == list(range(n)) for epoch in order)
+
+
+def test_the_order_stays_what_it_was():
+    """Saved positions mean something only in this order: the numbers are of the first version."""
+    first = [15, 16, 20, 10, 5, 14, 6, 3, 21, 4, 0, 18, 19, 7, 13, 2, 1, 12, 9, 22, 8, 17, 11]
+    second = [12, 19, 2, 13, 5, 6, 8, 18, 1, 16, 0, 7, 15, 3, 4, 11, 22, 17, 21, 9, 14, 10, 20]
+    assert labels(batches(), 6)[: 2 * N].tolist() == first + second
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_one_global_sequence_for_any_number_of_processes(count):
+    sources = [Traced() for _ in range(count)]
+    streams = [batches(p, count, source=source, prefetch=0) for p, source in enumerate(sources)]
+    np.testing.assert_array_equal(global_labels(streams, 12), labels(batches(), 12))
+    for p, source in enumerate(sources):  # and each read its own rows only
+        own = labels(batches(), 12).reshape(12, count, -1)[:, p]
+        assert source.seen == own.tolist()
+
+
+def test_the_order_does_not_depend_on_threads_but_on_the_seed():
+    expected = labels(batches(prefetch=0), 12)
+    for threads, prefetch in [(1, 1), (8, 16), (4, 2)]:
+        np.testing.assert_array_equal(labels(batches(num_threads=threads, prefetch=prefetch), 12), expected)
+    assert labels(batches(seed=2**40), 1).tolist() != labels(batches(seed=0), 1).tolist()
+    epochs = {
+        tuple(labels(batches(seed=seed), 9)[i * N : (i + 1) * N]) for seed in range(20) for i in range(3)
+    }
+    assert len(epochs) == 60  # neighbouring seeds share no epoch either
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (4, 1), (2, 4)])
+@pytest.mark.parametrize("done", [0, 1, 7])
+def test_resumed_on_another_number_of_processes(before, after, done):
+    expected = labels(batches(), done + 10)
+    streams = [batches(p, before) for p in range(before)]
+    first = global_labels(streams, done) if done else np.zeros(0, int)
+    states = [json.dumps(stream.get_state(), sort_keys=True) for stream in streams]
+    assert len(set(states)) == 1  # the same on every process, whatever was read ahead
+    assert json.loads(states[0])["batches"] == done
+    resumed = [batches(p, after) for p in range(after)]
+    for stream in resumed:
+        stream.set_state(json.loads(states[0]))
+        assert stream.get_state() == json.loads(states[0])
+    np.testing.assert_array_equal(np.concatenate([first, global_labels(resumed, 10)]), expected)
+
+
+def test_going_back_in_a_running_iterator():
+    data = batches()
+    start = data.get_state()
+    first = labels(data, 5)
+    middle = data.get_state()
+    labels(data, 3)
+    data.set_state(start)
+    np.testing.assert_array_equal(labels(data, 5), first)
+    assert data.get_state() == middle
+    data.close()
+    assert data.get_state() == middle and data.batches == 5
+    np.testing.assert_array_equal(labels(data, 3), labels(batches(), 8)[5 * G :])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"seed": 4}, "its data seed is 4, here it is 3;"),
+        ({"num_images": 46}, "its number of images is 46, here it is 23;"),
+        ({"batch_size": 16}, "its batch size is 16, here it is 8;"),
+        ({"next_image": 99}, "its next image in the order of the data is 99,"),
+        ({"seed": None}, "its data seed is None"),
+        ({"batches": -1}, "batches=-1"),
+        ({"batches": "7"}, "batches='7'"),
+    ],
+)
+def test_state_that_does_not_fit_changes_nothing(change, words):
+    data = batches()
+    labels(data, 2)
+    with pytest.raises(UserError, match=words):
+        data.set_state(data.get_state() | change)
+    np.testing.assert_array_equal(labels(data, 2), labels(batches(), 4)[2 * G :])
+
+
+@pytest.mark.parametrize("prefetch", [0, 4])
+def test_failure_comes_with_its_batch_and_can_be_tried_again(prefetch):
+    expected = labels(batches(), 6)
+    broken = threading.Event()
+    broken.set()
+
+    class Broken(Traced):
+        def read(self, indices):
+            if broken.is_set() and np.array_equal(indices, expected[3 * G : 4 * G]):
+                raise UserError("img.png is damaged.")
+            return super().read(indices)
+
+    data = batches(source=Broken(), prefetch=prefetch)
+    np.testing.assert_array_equal(labels(data, 3), expected[: 3 * G])
+    for _ in range(2):
+        with pytest.raises(UserError, match="img.png is damaged"):
+            next(data)
+        assert data.get_state()["batches"] == 3
+    broken.clear()
+    np.testing.assert_array_equal(labels(data, 3), expected[3 * G :])
+
+
+def test_batches_are_read_ahead():
+    source = Traced()
+    data = batches(source=source, num_threads=1, prefetch=4)
+    next(data)
+    for _ in range(100):
+        if len(source.seen) == 5:
+            break
+        threading.Event().wait(0.02)
+    assert len(source.seen) == 5 and data.get_state()["batches"] == 1
+    data.close()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"batch_size": 10, "count": 4}, "batch size 10 does not divide by 4 processes; 8 or 12 would."),
+        ({"batch_size": 3, "count": 4}, "batch size 3 does not divide by 4 processes; 4 would."),
+        ({"batch_size": 0}, "batch size is 0"),
+        ({"process": 2, "count": 2}, "process index is 2: it must be from 0 to 1"),
+        ({"count": 0}, "process count is 0"),
+        ({"seed": -1}, "data seed is -1"),
+        ({"num_threads": 0}, "num_threads=0"),
+    ],
+)
+def test_bad_arguments(options, words):
+    with pytest.raises(UserError, match=words):
+        batches(**options)

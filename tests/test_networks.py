@@ -1,0 +1,242 @@
+"""The U-Nets against the original's: units, whole networks with gradients, parameter counts, bad shapes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN, nhwc
+
+from fdm_jax.errors import UserError
+from fdm_jax.interop.state_dict import from_torch
+from fdm_jax.networks import SongUNet
+from fdm_jax.networks.blocks import Conv, UNetBlock, attend, group_norm
+from fdm_jax.networks.embeddings import fourier_embedding, positional_embedding
+
+
+def hwio(weight):
+    return np.transpose(weight, (2, 3, 1, 0))
+
+
+@pytest.mark.parametrize("channels", [4, 8, 16, 32, 48, 96, 128, 160, 256])
+def test_golden_group_norm(golden, channels):
+    data = {key: golden("net_units")[f"groupnorm_{channels}/{key}"] for key in ("x", "weight", "bias", "num_groups", "y")}
+    module = group_norm(channels, jnp.float32, None)
+    assert module.num_groups == data["num_groups"]
+    y = module.apply({"params": {"scale": data["weight"], "bias": data["bias"]}}, nhwc(data["x"]))
+    np.testing.assert_allclose(y, nhwc(data["y"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", ["plain", "fused"])
+@pytest.mark.parametrize("kernel", [0, 1, 3])
+@pytest.mark.parametrize("resample", ["none", "up", "down"])
+@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
+def test_golden_resampling_convolution(golden, taps, resample, kernel, fused):
+    from fdm_jax.networks.resample import downsample, upsample
+
+    data = golden("net_units")
+    prefix = f"conv_{''.join(map(str, taps))}_{resample}_k{kernel}_{fused}"
+    if f"{prefix}/y" not in data:
+        assert resample == "none" or fused == "fused" and kernel == 0  # the combinations the original cannot build
+        return
+    x, y = nhwc(data[f"{prefix}/x"]), nhwc(data[f"{prefix}/y"])
+    if kernel == 0:
+        out = {"up": upsample, "down": downsample}[resample](x, taps)
+    else:
+        module = Conv(6, kernel, None if resample == "none" else resample, taps, fused == "fused")
+        out = module.apply({"params": {"kernel": hwio(data[f"{prefix}/weight"]), "bias": data[f"{prefix}/bias"]}}, x)
+    np.testing.assert_allclose(out, y, atol=1e-5)
+
+
+def test_golden_embeddings(golden):
+    data = golden("net_units")
+    emb = positional_embedding(data["posemb_endpoint1/t"], 16)
+    np.testing.assert_allclose(emb, data["posemb_endpoint1/y_swapped"], atol=2e-5)
+    emb = fourier_embedding(data["fourier/t"], data["fourier/freqs"])
+    # 2 pi f t reaches hundreds, where a float32 is 3e-5 coarse.
+    np.testing.assert_allclose(emb, data["fourier/y_swapped"], atol=2e-4)
+
+
+def test_golden_attention(golden):
+    data = {key: golden("net_units")[f"attn/{key}"] for key in ("q", "k", "w", "cotangent", "dq", "dk")}
+    positions = data["q"].shape[-1]
+
+    def weights(q, k):
+        """Attention to unit vectors returns its weights, a column at a time."""
+        q, k = (jnp.swapaxes(a, 1, 2)[:, :, None] for a in (q, k))
+        unit = jnp.eye(positions)[None, :, None]
+        columns = [attend(q, k, jnp.broadcast_to(unit[..., i : i + 1], q.shape))[:, :, 0, 0] for i in range(positions)]
+        return jnp.stack(columns, axis=-1)
+
+    w, pullback = jax.vjp(weights, data["q"], data["k"])
+    np.testing.assert_allclose(w, data["w"], atol=1e-5)
+    dq, dk = pullback(jnp.asarray(data["cotangent"]))
+    np.testing.assert_allclose(dq, data["dq"], atol=1e-5)
+    np.testing.assert_allclose(dk, data["dk"], atol=1e-5)
+
+
+def block_kinds(data):
+    return sorted({key.split("/")[0] for key in data if key.startswith("block_")})
+
+
+def test_golden_blocks(golden):
+    data = golden("net_units")
+    kinds = block_kinds(data)
+    assert len(kinds) >= 4
+    for kind in kinds:
+        state = {key.removeprefix(f"{kind}/sd/"): data[key] for key in data if key.startswith(f"{kind}/sd/")}
+        # Inside a network the names carry the block's; put one on so that the loader is what is tested.
+        params = from_torch({f"enc.b.{name}": value for name, value in state.items()})["params"]["enc_b"]
+        x, y = nhwc(data[f"{kind}/x"]), nhwc(data[f"{kind}/y"])
+        taps = next((f for n, f in state.items() if n.endswith("resample_filter")), np.ones((1, 1, 2, 2)))
+        taps = {2: (1, 1), 4: (1, 3, 3, 1)}[taps.shape[-1]]
+        resample = {True: "up", False: "down"}[y.shape[1] > x.shape[1]] if y.shape[1] != x.shape[1] else None
+        module = UNetBlock(y.shape[-1], resample, taps, attention="attention" in params)
+        out = jax.jit(module.apply)({"params": params}, x, data[f"{kind}/emb"])
+        np.testing.assert_allclose(out, y, atol=1e-5, err_msg=kind)
+
+
+def build(config, **overrides):
+    """Our network for a golden description."""
+    return SongUNet(**{
+        "resolution": config["img_resolution"], "channels": config["in_channels"], "label_dim": config["label_dim"],
+        "augment_dim": config["augment_dim"], "preset": "ncsnpp" if config["embedding_type"] == "fourier" else "ddpmpp",
+        "model_channels": config["model_channels"], "channel_mult": tuple(config["channel_mult"]),
+        "num_blocks": config["num_blocks"], "attn_resolutions": tuple(config["attn_resolutions"]), "dropout": 0.0,
+    } | overrides)
+
+
+NETWORKS = {
+    "net_ddpmpp_16": dict(embedding_type="positional", attn_resolutions=[16]),
+    "net_ncsnpp_16": dict(embedding_type="fourier", attn_resolutions=[8]),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_golden_network_and_gradients(golden, name):
+    data = golden(name)
+    config = dict(
+        img_resolution=16, in_channels=3, label_dim=10, augment_dim=9, model_channels=24, channel_mult=[1, 2], num_blocks=1
+    ) | NETWORKS[name]
+    network = build(config)
+    variables = from_torch({key[3:]: data[key] for key in data if key.startswith("sd/")})
+    params, constants = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+    x, R = nhwc(data["in/x"]), nhwc(data["in/R"])
+    inputs = data["in/noise_labels"], data["in/class_labels"]
+
+    def objective(params, x, augment_labels):
+        y = network.apply({"params": params, **constants}, x, *inputs, augment_labels)
+        return jnp.sum(y * R), y
+
+    grad = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
+    (_, y), (grad_params, grad_x) = grad(params, x, data["in/augment_labels"])
+    np.testing.assert_allclose(y, nhwc(data["out/y"]), atol=2e-5)
+    np.testing.assert_allclose(grad_x, nhwc(data["out/grad_x"]), atol=2e-5)
+    y = network.apply({"params": params, **constants}, x, *inputs)
+    np.testing.assert_allclose(y, nhwc(data["out/y_no_augment_labels"]), atol=2e-5)
+
+    expected = from_torch({key[5:]: data[key] for key in data if key.startswith("grad/")})["params"]
+    compared = 0
+    for path, value in jax.tree_util.tree_leaves_with_path(expected):
+        ours = grad_params
+        for part in path:
+            ours = ours[part.key]
+        np.testing.assert_allclose(ours, value, atol=2e-5 * max(1, np.abs(value).max()), err_msg=jax.tree_util.keystr(path))
+        compared += 1
+    assert compared > 40
+    # Every other parameter by its norm.
+    norms = from_torch({
+        str(n): np.full(data[f"sd/{n}"].shape, norm) for n, norm in zip(data["param_names"], data["grad_norms_f64"], strict=True)
+    })["params"]
+    for path, value in jax.tree_util.tree_leaves_with_path(norms):
+        ours = grad_params
+        for part in path:
+            ours = ours[part.key]
+        np.testing.assert_allclose(np.linalg.norm(ours), value.flat[0], rtol=1e-4, atol=2e-4, err_msg=str(path))
+
+
+COUNTS = [  # method.md section 5: preset, channel_mult, resolution, label_dim, parameters
+    ("ddpmpp", (2, 2, 2), 32, 10, 55_735_299),
+    ("ncsnpp", (2, 2, 2), 32, 10, 56_400_643),
+    ("ddpmpp", (1, 2, 2, 2), 32, 10, 61_806_979),
+    ("ncsnpp", (1, 2, 2, 2), 32, 10, 62_763_907),
+    ("ddpmpp", (1, 2, 2, 2), 64, 0, 61_805_571),
+    ("ncsnpp", (1, 2, 2, 2), 64, 0, 62_761_091),
+]
+
+
+@pytest.mark.parametrize("preset,mult,resolution,labels,count", COUNTS)
+def test_parameter_counts(preset, mult, resolution, labels, count):
+    network = SongUNet(resolution, 3, labels, 9, preset, 128, mult)
+    image = jax.ShapeDtypeStruct((1, resolution, resolution, 3), jnp.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), image, jax.ShapeDtypeStruct((1,), jnp.float32))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
+    assert ("constants" in variables) == (preset == "ncsnpp")
+
+
+def test_initialisation_is_nearly_zero_and_of_the_right_spread(tiny_network):
+    network, variables = tiny_network
+    y = network.apply(variables, jnp.ones((2, 8, 8, 1)), jnp.zeros(2))
+    assert float(jnp.abs(y).max()) < 1e-3
+    kernel = variables["params"]["map_layer1"]["kernel"]
+    assert float(kernel.std()) == pytest.approx((2 / sum(kernel.shape)) ** 0.5, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def tiny_network():
+    network = SongUNet(8, 1, 3, 0, "ddpmpp", 8, (1, 2), num_blocks=1, attn_resolutions=(), dropout=0.3, label_dropout=0.5)
+    return network, jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
+
+
+def test_dropout_of_an_example_does_not_depend_on_its_batch(tiny_network):
+    network, variables = tiny_network
+    params = jax.tree.map(lambda p: p + 0.05, variables)
+    keys = jax.random.split(jax.random.key(1), 4)
+    x = jax.random.normal(jax.random.key(2), (4, 8, 8, 1))
+    labels = jax.nn.one_hot(jnp.asarray([0, 1, 2, 0]), 3)
+    apply = jax.jit(lambda x, labels, keys: network.apply(params, x, jnp.ones(x.shape[0]), labels, dropout_keys=keys))
+    whole = apply(x, labels, keys)
+    np.testing.assert_allclose(apply(x[1:3], labels[1:3], keys[1:3]), whole[1:3], rtol=1e-4, atol=1e-5)
+    assert float(jnp.abs(apply(x, labels, keys[::-1]) - whole).max()) > 1e-3
+
+
+def test_bfloat16_computes_close_to_float32(tiny_network):
+    network, variables = tiny_network
+    params = jax.tree.map(lambda p: p + 0.05, variables)
+    x = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
+    full = network.apply(params, x, jnp.ones(2))
+    half = network.clone(dtype=jnp.bfloat16).apply(params, x, jnp.ones(2))
+    assert half.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+    np.testing.assert_allclose(half.astype(np.float32), full, atol=0.05 * float(jnp.abs(full).max()))
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        (dict(resolution=30, channel_mult=(1, 2, 2)), "resolution must be divisible by 4.*is 30"),
+        (dict(resolution=32, model_channels=30), "model_channels = 30"),
+        (dict(resolution=32, model_channels=144), "layer of 144 channels"),
+        (dict(resolution=32, preset="ddpm"), "did you mean 'ddpmpp'"),
+        (dict(resolution=32, channel_mult=()), "channel_mult"),
+        (dict(resolution=32, dropout=1.0), "network.dropout"),
+    ],
+)
+def test_bad_shapes_are_refused_when_built(fields, message):
+    with pytest.raises(UserError, match=message):
+        SongUNet(**fields)
+
+
+def test_labels_of_the_wrong_width_are_refused():
+    network = SongUNet(8, 1, 10, 0, "ddpmpp", 8, (1,), num_blocks=1)
+    with pytest.raises(UserError, match="class_labels must be 10 wide.*are 7"):
+        jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros((1, 7)))
+
+
+def test_golden_description_matches_the_constants_above():
+    """The shapes this file takes for granted are those of the stored networks."""
+    for name, part in NETWORKS.items():
+        names = np.load(GOLDEN / f"{name}.npz")
+        assert ("sd/map_noise.freqs" in names) == (part["embedding_type"] == "fourier")
+        assert json.dumps(names["sd/map_layer0.weight"].shape[0]) == "96"

@@ -1,0 +1,161 @@
+"""The EDM sampler against the original's outputs, an exact solution, and its order; seeds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fdm_jax.errors import UserError
+from fdm_jax.families import EDM, VE, VP
+from fdm_jax.momentum import Momentum
+from fdm_jax.sampling import Churn, edm_sample, edm_sigmas, sampling_range
+from fdm_jax.sampling.edm import evaluation_sigmas
+from fdm_jax.sampling.seeds import churn_noise, labels, latents, to_uint8
+
+
+def mixture_denoiser(data, kind):
+    """The ideal denoiser of the stored mixture of Gaussians (NCHW arrays, flattened onto its means)."""
+    mu, w, s = (jnp.asarray(data[key]) for key in ("mu", "w", f"s_{kind}"))
+
+    def denoise(x, sigma):
+        flat = x.reshape(x.shape[0], 1, -1)
+        variance = s**2 + sigma**2
+        square = jnp.sum((flat - mu) ** 2, -1)
+        p = jax.nn.softmax(jnp.log(w) - square / (2 * variance) - mu.shape[1] / 2 * jnp.log(variance))
+        each = (s[:, None] ** 2 * flat + sigma**2 * mu) / variance[:, None]
+        return jnp.sum(p[..., None] * each, axis=1).reshape(x.shape)
+
+    return denoise
+
+
+@pytest.mark.parametrize("kind", ["points", "gauss"])
+def test_golden_ideal_denoiser(golden, kind):
+    """The denoiser that the next tests rest on is the original's."""
+    data = golden("samplers")
+    with jax.enable_x64():
+        for sigma in ("0.002", "0.3", "2", "80"):
+            D = mixture_denoiser(data, kind)(jnp.asarray(data["Dcheck/x"]), float(sigma))
+            np.testing.assert_allclose(D, data[f"Dcheck/{kind}_{sigma}"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["points", "gauss"])
+@pytest.mark.parametrize("span", ["inf", "clip"])
+@pytest.mark.parametrize("steps", [5, 18, 40])
+def test_golden_edm_sampler(golden, kind, span, steps):
+    data = golden("samplers")
+    prefix = f"edm/{kind}_{span}_steps{steps}"
+    family = EDM() if span == "inf" else VE(lowest=0.02, highest=50.0)
+    sigmas = edm_sigmas(steps, *sampling_range(family))
+    np.testing.assert_allclose(sigmas, data[f"{prefix}/t_steps"], rtol=1e-12)
+    np.testing.assert_allclose(evaluation_sigmas(sigmas), data[f"{prefix}/sigmas_called"], rtol=1e-12)
+    assert len(evaluation_sigmas(sigmas)) == data[f"{prefix}/nfe"] == 2 * steps - 1
+    with jax.enable_x64():
+        out = edm_sample(mixture_denoiser(data, kind), jnp.asarray(data["latents"]), sigmas)
+        np.testing.assert_allclose(out, data[f"{prefix}/out"], rtol=1e-6, atol=1e-9)
+    out = edm_sample(mixture_denoiser(data, kind), jnp.asarray(data["latents"], jnp.float32), sigmas)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, data[f"{prefix}/out"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["points", "gauss"])
+def test_golden_churn(golden, kind):
+    data = golden("samplers")
+    churn = Churn(S_churn=40, S_min=0.05, S_max=50, S_noise=1.003)
+    sigmas = edm_sigmas(18)
+    np.testing.assert_allclose(evaluation_sigmas(sigmas, churn), data[f"churn/{kind}/sigmas_called"], rtol=1e-12)
+    with jax.enable_x64():
+        noise = jnp.asarray(data[f"churn/{kind}/noise"])
+        out = edm_sample(
+            mixture_denoiser(data, kind), jnp.asarray(data["latents"]), sigmas, churn=churn, noise_fn=lambda i: noise[i]
+        )
+        np.testing.assert_allclose(out, data[f"churn/{kind}/out"], rtol=1e-6, atol=1e-9)
+
+
+def gaussian_end(sigmas, heun):
+    """From x = 80 at sigma = 80 under the ideal denoiser of N(0, 0.5^2)."""
+    with jax.enable_x64():
+        out = edm_sample(
+            lambda x, sigma: x * 0.25 / (0.25 + sigma**2), jnp.ones((1, 1, 1, 1), jnp.float64), sigmas, heun=heun
+        )
+    return float(out[0, 0, 0, 0])
+
+
+# Reference values of the two methods; the exact end point is 80 * 0.5 / sqrt(0.25 + 6400) = 0.499990234661.
+HEUN = {18: 0.527624637, 36: 0.506097092, 72: 0.501425626, 144: 0.500335723}
+EULER = {18: 0.423031436, 36: 0.460996216, 72: 0.480369490, 144: 0.490148229}
+
+
+@pytest.mark.parametrize("heun,expected", [(True, HEUN), (False, EULER)], ids=["heun", "euler"])
+def test_analytic_gaussian(heun, expected):
+    for steps, value in expected.items():
+        assert gaussian_end(edm_sigmas(steps), heun) == pytest.approx(value, abs=1e-9)
+
+
+@pytest.mark.parametrize("heun,order", [(True, 2), (False, 1)], ids=["heun", "euler"])
+def test_order_of_convergence(heun, order):
+    # Stop at sigma = 0.002: the last step to 0 is one of Euler's whatever the solver, a floor under the error.
+    exact = 80 * (0.25 + 0.002**2) ** 0.5 / (0.25 + 80**2) ** 0.5
+    error = {steps: abs(gaussian_end(edm_sigmas(steps)[:-1], heun) - exact) for steps in (144, 288, 576)}
+    for steps in (144, 288):
+        assert np.log2(error[steps] / error[2 * steps]) == pytest.approx(order, abs=0.15)
+
+
+def test_one_step_goes_straight_to_the_denoised_image():
+    x = jnp.ones((1, 1, 1, 1))
+    np.testing.assert_allclose(edm_sample(lambda x, sigma: 0 * x + 0.3, x, edm_sigmas(1)), 0.3, atol=1e-5)
+
+
+def test_the_network_is_traced_once():
+    calls = []
+
+    def denoise(x, sigma):
+        calls.append(sigma)
+        return 0.5 * x
+
+    jax.jit(lambda x: edm_sample(denoise, x, edm_sigmas(18)))(jnp.ones((1, 2, 2, 1)))
+    assert len(calls) <= 2  # lax.scan may trace its body twice; a Python loop would call 35 times
+
+
+def test_range_is_the_familys_own():
+    assert sampling_range(EDM()) == (0.002, 80.0)
+    assert sampling_range(EDM(momentum=Momentum())) == (0.002, 80.0)
+    assert sampling_range(VE()) == (0.02, 80.0)
+    assert sampling_range(VP()) == (0.002, 80.0)
+
+
+@pytest.mark.parametrize("bad", [0, -3])
+def test_bad_steps(bad):
+    with pytest.raises(UserError, match=f"sampling steps must be 1 or more, and is {bad}"):
+        edm_sigmas(bad)
+
+
+def test_bad_grids():
+    with pytest.raises(UserError, match="0 < sigma_min < sigma_max"):
+        edm_sigmas(5, 2.0, 1.0)
+    with pytest.raises(UserError, match="fall strictly"):
+        edm_sample(lambda x, s: x, jnp.ones((1, 1, 1, 1)), np.asarray([1.0, 2.0, 0.0]))
+    with pytest.raises(UserError, match="noise_fn"):
+        edm_sample(lambda x, s: x, jnp.ones((1, 1, 1, 1)), edm_sigmas(5), churn=Churn(S_churn=10))
+
+
+def test_a_seed_means_the_same_in_any_company():
+    alone = jnp.asarray([7], jnp.uint32)
+    company = jnp.asarray([3, 7, 11], jnp.uint32)
+    shape = (4, 4, 2)
+    for draw in (
+        functools.partial(latents, shape=shape),
+        functools.partial(labels, num_classes=1000),
+        functools.partial(churn_noise, step=5, shape=shape),
+    ):
+        np.testing.assert_array_equal(draw(alone)[0], draw(company)[1])
+    draws = [latents(company, shape), churn_noise(company, 0, shape), churn_noise(company, 1, shape)]
+    flat = jnp.concatenate([d.reshape(3, -1) for d in draws])
+    assert np.abs(np.corrcoef(flat) - np.eye(9)).max() < 0.7 and not np.isclose(flat[0], flat[3]).any()
+
+
+def test_golden_uint8(golden):
+    data = golden("misc")
+    with jax.enable_x64():
+        np.testing.assert_array_equal(to_uint8(jnp.asarray(data["uint8/in"])), data["uint8/out"])
