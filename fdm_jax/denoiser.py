@@ -19,7 +19,7 @@ class DenoiseFn(Protocol):
         ...
 
 
-def make_denoise_fn(family: Family, network: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def make_denoise_fn(family: Family, network: Callable[..., Any]) -> Callable[..., jax.Array]:
     """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise, ...), computed in x's own precision around F.
 
     Args:

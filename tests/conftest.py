@@ -4,10 +4,18 @@ import os
 import pathlib
 
 # Before JAX starts: devices for the sharding tests.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# LLVM's optimisations take longer than they save here.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    ]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.experimental
 import numpy as np
 import pytest
 
@@ -22,6 +30,10 @@ jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 def golden():
     """golden(name) -> the arrays of tests/golden/name.npz, from the PyTorch original."""
     return lambda name: np.load(GOLDEN / f"{name}.npz")
+
+
+# The public name since jax 0.8; before, an experimental one.
+enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
 
 
 def nhwc(array):

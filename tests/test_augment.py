@@ -52,9 +52,7 @@ def golden_case(arrays, case):
     n = len(expected)
     name = f"{case}/images"
     images = nhwc(arrays[name] if name in arrays else arrays["images_8x3x32x32"][:n])
-    original = {
-        field: arrays[f"{case}/draw_{field}"] for field in augment.AugmentDraws._fields if "flip" not in field
-    }
+    original = {field: arrays[f"{case}/draw_{field}"] for field in augment.AugmentDraws._fields if "flip" not in field}
     draws = {field: value.reshape(n) for field, value in original.items() if field != "translate_w"}
     draws["translate_w"] = original["translate_w"].T
     draws["yflip_u"] = arrays[f"{case}/draw_yflip_u"].reshape(n)
@@ -96,9 +94,7 @@ def test_whole_pixel_shift_is_exact(shape):
 def test_flips_are_exact(channels):
     images = random_images(4, 8, 8, channels)
     draws = [
-        nothing(xflip=jnp.int32(x), yflip=jnp.int32(y), yflip_u=jnp.float32(0))
-        for y in range(2)
-        for x in range(2)
+        nothing(xflip=jnp.int32(x), yflip=jnp.int32(y), yflip_u=jnp.float32(0)) for y in range(2) for x in range(2)
     ]
     out, labels = augment_jit(images, jax.tree.map(lambda *leaves: jnp.stack(leaves), *draws), 0.5)
     expected = [images[0], images[1][:, ::-1], images[2][::-1], images[3][::-1, ::-1]]
@@ -204,9 +200,7 @@ def test_sharded_over_the_batch_without_communication():
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     keys = keys_of(5)
     images = random_images(8, 8, 8, 3)
-    step = jax.jit(
-        lambda k, i: augment.augment_with_keys(k, i, 1.0), in_shardings=sharding, out_shardings=sharding
-    )
+    step = jax.jit(lambda k, i: augment.augment_with_keys(k, i, 1.0), in_shardings=sharding, out_shardings=sharding)
     compiled = step.lower(keys, images).compile()
     assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", compiled.as_text())
     out, labels = compiled(jax.device_put(keys, sharding), jax.device_put(images, sharding))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import enable_x64
 
 from fdm_jax.errors import UserError
 from fdm_jax.families import EDM, VE, VP, make_family
@@ -30,7 +31,7 @@ def test_golden_coefficients(golden, name, part):
     # The original rounds VP's range to float32 before it sets the clock: 2e-6 inside the range, and up to three
     # times sigma_max, where s is 1e-37, more.  (test_momentum puts the rounded range in and needs 1e-6.)
     c_in_rtol = (1e-4 if part else 2e-6) if name.startswith("fdm_vp") else 1e-6
-    with jax.enable_x64():
+    with enable_x64():
         c = VARIANTS[name].coefficients(jnp.asarray(data[f"{name}/{part}sigma"], jnp.float64))
         for field in c._fields:
             rtol = c_in_rtol if field == "c_in" else 1e-6
@@ -53,8 +54,10 @@ def test_golden_coefficients_in_float32(golden, name):
 def test_vp_sigma_and_its_inverse(golden):
     data = golden("noise_schedule")
     family = VP()
-    with jax.enable_x64():
-        np.testing.assert_allclose(family.sigma_of_t(data["vp/vp_t"].astype(float)), data["vp/vp_sigma_of_t_f64"], rtol=1e-9)
+    with enable_x64():
+        np.testing.assert_allclose(
+            family.sigma_of_t(data["vp/vp_t"].astype(float)), data["vp/vp_sigma_of_t_f64"], rtol=1e-9
+        )
         t = family.t_of_sigma(jnp.asarray(data["vp/sigma"], jnp.float64))
         np.testing.assert_allclose(t, data["vp/vp_sigma_inv_of_sigma_f64"], rtol=1e-9)
     assert family.sigma_min == pytest.approx(0.0010005, rel=1e-4)

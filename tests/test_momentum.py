@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import enable_x64
 from scipy.integrate import solve_ivp
 
 from fdm_jax.errors import UserError
@@ -16,7 +17,7 @@ def test_mean_response_solves_the_oscillator(damping):
     solution = solve_ivp(
         lambda _, x: [x[1], -2 * damping * x[1] - x[0]], (0, 12), [1.0, 0.0], t_eval=B, rtol=1e-11, atol=1e-13
     )
-    with jax.enable_x64():
+    with enable_x64():
         np.testing.assert_allclose(mean_response(jnp.asarray(B), damping), solution.y[0], atol=2e-9)
 
 
@@ -32,13 +33,14 @@ def test_overdamped_response_does_not_overflow():
 
 def test_time_varying_rate_is_critical_in_its_clock():
     """(1 + B) e^-B solves x'' + (2 b - b'/b) x' + b^2 x = 0 for b(t) = 0.1 + 19.9 t."""
+
     def rhs(t, x):
         b = 0.1 + 19.9 * t
         return [x[1], -(2 * b - 19.9 / b) * x[1] - b * b * x[0]]
 
     t = np.linspace(0, 1, 21)
     solution = solve_ivp(rhs, (0, 1), [1.0, 0.0], t_eval=t, rtol=1e-11, atol=1e-14)
-    with jax.enable_x64():
+    with enable_x64():
         np.testing.assert_allclose(mean_response(Momentum().clock(jnp.asarray(t))), solution.y[0], atol=1e-8)
 
 
@@ -75,7 +77,7 @@ def test_golden_scale(golden, name, part):
     momentum = Momentum(multiplier=float(name[-1]))
     low, high = data[f"{name}/sigma_min_max"]
     sigma = data[f"{name}/{part}sigma"]
-    with jax.enable_x64():
+    with enable_x64():
         s = momentum.scale(jnp.asarray(sigma, jnp.float64), low, high)
         np.testing.assert_allclose(s, data[f"{name}/{part}c_in_f64"], rtol=1e-6)
     if not part:

@@ -21,7 +21,9 @@ def hwio(weight):
 
 @pytest.mark.parametrize("channels", [4, 8, 16, 32, 48, 96, 128, 160, 256])
 def test_golden_group_norm(golden, channels):
-    data = {key: golden("net_units")[f"groupnorm_{channels}/{key}"] for key in ("x", "weight", "bias", "num_groups", "y")}
+    data = {
+        key: golden("net_units")[f"groupnorm_{channels}/{key}"] for key in ("x", "weight", "bias", "num_groups", "y")
+    }
     module = group_norm(channels, jnp.float32, None)
     assert module.num_groups == data["num_groups"]
     y = module.apply({"params": {"scale": data["weight"], "bias": data["bias"]}}, nhwc(data["x"]))
@@ -99,12 +101,21 @@ def test_golden_blocks(golden):
 
 def build(config, **overrides):
     """Our network for a golden description."""
-    return SongUNet(**{
-        "resolution": config["img_resolution"], "channels": config["in_channels"], "label_dim": config["label_dim"],
-        "augment_dim": config["augment_dim"], "preset": "ncsnpp" if config["embedding_type"] == "fourier" else "ddpmpp",
-        "model_channels": config["model_channels"], "channel_mult": tuple(config["channel_mult"]),
-        "num_blocks": config["num_blocks"], "attn_resolutions": tuple(config["attn_resolutions"]), "dropout": 0.0,
-    } | overrides)
+    return SongUNet(
+        **{
+            "resolution": config["img_resolution"],
+            "channels": config["in_channels"],
+            "label_dim": config["label_dim"],
+            "augment_dim": config["augment_dim"],
+            "preset": "ncsnpp" if config["embedding_type"] == "fourier" else "ddpmpp",
+            "model_channels": config["model_channels"],
+            "channel_mult": tuple(config["channel_mult"]),
+            "num_blocks": config["num_blocks"],
+            "attn_resolutions": tuple(config["attn_resolutions"]),
+            "dropout": 0.0,
+        }
+        | overrides
+    )
 
 
 NETWORKS = {
@@ -116,9 +127,18 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_golden_network_and_gradients(golden, name):
     data = golden(name)
-    config = dict(
-        img_resolution=16, in_channels=3, label_dim=10, augment_dim=9, model_channels=24, channel_mult=[1, 2], num_blocks=1
-    ) | NETWORKS[name]
+    config = (
+        dict(
+            img_resolution=16,
+            in_channels=3,
+            label_dim=10,
+            augment_dim=9,
+            model_channels=24,
+            channel_mult=[1, 2],
+            num_blocks=1,
+        )
+        | NETWORKS[name]
+    )
     network = build(config)
     variables = from_torch({key[3:]: data[key] for key in data if key.startswith("sd/")})
     params, constants = variables["params"], {k: v for k, v in variables.items() if k != "params"}
@@ -133,7 +153,7 @@ def test_golden_network_and_gradients(golden, name):
     (_, y), (grad_params, grad_x) = grad(params, x, data["in/augment_labels"])
     np.testing.assert_allclose(y, nhwc(data["out/y"]), atol=2e-5)
     np.testing.assert_allclose(grad_x, nhwc(data["out/grad_x"]), atol=2e-5)
-    y = network.apply({"params": params, **constants}, x, *inputs)
+    y = jax.jit(network.apply)({"params": params, **constants}, x, *inputs)
     np.testing.assert_allclose(y, nhwc(data["out/y_no_augment_labels"]), atol=2e-5)
 
     expected = from_torch({key[5:]: data[key] for key in data if key.startswith("grad/")})["params"]
@@ -142,13 +162,18 @@ def test_golden_network_and_gradients(golden, name):
         ours = grad_params
         for part in path:
             ours = ours[part.key]
-        np.testing.assert_allclose(ours, value, atol=2e-5 * max(1, np.abs(value).max()), err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            ours, value, atol=2e-5 * max(1, np.abs(value).max()), err_msg=jax.tree_util.keystr(path)
+        )
         compared += 1
     assert compared > 40
     # Every other parameter by its norm.
-    norms = from_torch({
-        str(n): np.full(data[f"sd/{n}"].shape, norm) for n, norm in zip(data["param_names"], data["grad_norms_f64"], strict=True)
-    })["params"]
+    norms = from_torch(
+        {
+            str(n): np.full(data[f"sd/{n}"].shape, norm)
+            for n, norm in zip(data["param_names"], data["grad_norms_f64"], strict=True)
+        }
+    )["params"]
     for path, value in jax.tree_util.tree_leaves_with_path(norms):
         ours = grad_params
         for part in path:
@@ -185,7 +210,9 @@ def test_initialisation_is_nearly_zero_and_of_the_right_spread(tiny_network):
 
 @pytest.fixture(scope="module")
 def tiny_network():
-    network = SongUNet(8, 1, 3, 0, "ddpmpp", 8, (1, 2), num_blocks=1, attn_resolutions=(), dropout=0.3, label_dropout=0.5)
+    network = SongUNet(
+        8, 1, 3, 0, "ddpmpp", 8, (1, 2), num_blocks=1, attn_resolutions=(), dropout=0.3, label_dropout=0.5
+    )
     return network, jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
 
 

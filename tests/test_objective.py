@@ -1,18 +1,11 @@
 """Warm-up and loss against the original's numbers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import nhwc
 
-from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.families import EDM, VE, VP
-from fdm_jax.interop.state_dict import from_torch
-from fdm_jax.momentum import Momentum
-from fdm_jax.networks import SongUNet
 from fdm_jax.objective import clamp, denoising_loss, loss_weight
 
 
@@ -57,5 +50,7 @@ def test_loss_is_per_example():
     images, noise = rng.normal(size=(2, 3, 4, 4, 1)).astype(np.float32)
     sigma, weight = np.asarray([0.1, 1.0, 9.0], np.float32), np.asarray([1.0, 2.0, 0.5], np.float32)
     loss = denoising_loss(lambda x, sigma: 0.5 * x, images, sigma, noise, weight)
-    expected = [w * np.sum((0.5 * (y + s * n) - y) ** 2) for y, n, s, w in zip(images, noise, sigma, weight, strict=True)]
+    expected = [
+        w * np.sum((0.5 * (y + s * n) - y) ** 2) for y, n, s, w in zip(images, noise, sigma, weight, strict=True)
+    ]
     np.testing.assert_allclose(loss, expected, rtol=1e-5)

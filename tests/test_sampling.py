@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import enable_x64
 
 from fdm_jax.errors import UserError
 from fdm_jax.families import EDM, VE, VP
@@ -34,7 +35,7 @@ def mixture_denoiser(data, kind):
 def test_golden_ideal_denoiser(golden, kind):
     """The denoiser that the next tests rest on is the original's."""
     data = golden("samplers")
-    with jax.enable_x64():
+    with enable_x64():
         for sigma in ("0.002", "0.3", "2", "80"):
             D = mixture_denoiser(data, kind)(jnp.asarray(data["Dcheck/x"]), float(sigma))
             np.testing.assert_allclose(D, data[f"Dcheck/{kind}_{sigma}"], rtol=1e-6, atol=1e-7)
@@ -51,7 +52,7 @@ def test_golden_edm_sampler(golden, kind, span, steps):
     np.testing.assert_allclose(sigmas, data[f"{prefix}/t_steps"], rtol=1e-12)
     np.testing.assert_allclose(evaluation_sigmas(sigmas), data[f"{prefix}/sigmas_called"], rtol=1e-12)
     assert len(evaluation_sigmas(sigmas)) == data[f"{prefix}/nfe"] == 2 * steps - 1
-    with jax.enable_x64():
+    with enable_x64():
         out = edm_sample(mixture_denoiser(data, kind), jnp.asarray(data["latents"]), sigmas)
         np.testing.assert_allclose(out, data[f"{prefix}/out"], rtol=1e-6, atol=1e-9)
     out = edm_sample(mixture_denoiser(data, kind), jnp.asarray(data["latents"], jnp.float32), sigmas)
@@ -65,7 +66,7 @@ def test_golden_churn(golden, kind):
     churn = Churn(S_churn=40, S_min=0.05, S_max=50, S_noise=1.003)
     sigmas = edm_sigmas(18)
     np.testing.assert_allclose(evaluation_sigmas(sigmas, churn), data[f"churn/{kind}/sigmas_called"], rtol=1e-12)
-    with jax.enable_x64():
+    with enable_x64():
         noise = jnp.asarray(data[f"churn/{kind}/noise"])
         out = edm_sample(
             mixture_denoiser(data, kind), jnp.asarray(data["latents"]), sigmas, churn=churn, noise_fn=lambda i: noise[i]
@@ -75,7 +76,7 @@ def test_golden_churn(golden, kind):
 
 def gaussian_end(sigmas, heun):
     """From x = 80 at sigma = 80 under the ideal denoiser of N(0, 0.5^2)."""
-    with jax.enable_x64():
+    with enable_x64():
         out = edm_sample(
             lambda x, sigma: x * 0.25 / (0.25 + sigma**2), jnp.ones((1, 1, 1, 1), jnp.float64), sigmas, heun=heun
         )
@@ -157,5 +158,5 @@ def test_a_seed_means_the_same_in_any_company():
 
 def test_golden_uint8(golden):
     data = golden("misc")
-    with jax.enable_x64():
+    with enable_x64():
         np.testing.assert_array_equal(to_uint8(jnp.asarray(data["uint8/in"])), data["uint8/out"])

@@ -144,9 +144,7 @@ def _builder(data_dir: Path) -> Digits:
 
 
 def _damaged(folder: str | os.PathLike[str]) -> UserError:
-    return UserError(
-        f"the prepared digits in {folder} are damaged: delete that folder, it will be made anew."
-    )
+    return UserError(f"the prepared digits in {folder} are damaged: delete that folder, it will be made anew.")
 
 
 @contextlib.contextmanager

@@ -27,9 +27,7 @@ def read_labels(archive: Archive, files: Sequence[str], images: Sequence[str]) -
     """
     where = f"{LABELS_FILE} in {archive.path}"
     if LABELS_FILE not in files:
-        raise UserError(
-            f"{LABELS_FILE}, which holds the labels, is missing from {archive.path}: add it, {_WITHOUT}"
-        )
+        raise UserError(f"{LABELS_FILE}, which holds the labels, is missing from {archive.path}: add it, {_WITHOUT}")
     labels = _labels_by_name(_parse(archive.read(LABELS_FILE), where), where)
     present = set(images)
     for name in labels:
@@ -54,9 +52,7 @@ def _parse(data: bytes, where: str) -> list[object]:
     if content["labels"] is None:
         raise UserError(f'{where} holds "labels": null, so there are no labels: add them, {_WITHOUT}')
     if not isinstance(content["labels"], list):
-        raise UserError(
-            f'"labels" of {where} should be a list of [file name, class], not {_short(content["labels"])}.'
-        )
+        raise UserError(f'"labels" of {where} should be a list of [file name, class], not {_short(content["labels"])}.')
     return content["labels"]
 
 
@@ -67,9 +63,7 @@ def _labels_by_name(pairs: list[object], where: str) -> dict[str, int]:
             raise UserError(f"{where} holds {_short(pair)} where [file name, class] should be.")
         name, label = pair[0].replace("\\", "/"), pair[1]  # as written on Windows
         if type(label) is not int or not 0 <= label < 2**31:  # not isinstance: True is no class
-            raise UserError(
-                f"{where} gives {name} the label {_short(label)}: a class is a whole number from 0."
-            )
+            raise UserError(f"{where} gives {name} the label {_short(label)}: a class is a whole number from 0.")
         if labels.setdefault(name, label) != label:
             raise UserError(f"{where} gives {name} two labels, {labels[name]} and {label}.")
     return labels

@@ -122,9 +122,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         """
         batches = state.get("batches")
         if type(batches) is not int or batches < 0:
-            raise UserError(
-                f"the saved data position has batches={batches!r}: it must be a whole number from 0."
-            )
+            raise UserError(f"the saved data position has batches={batches!r}: it must be a whole number from 0.")
         expected = self.get_state() | {"batches": batches, "next_image": self._next_image(batches)}
         words = {
             "batch_size": "batch size",
@@ -179,9 +177,7 @@ def make_batches(
     if batch_size % process_count:
         below = batch_size - batch_size % process_count
         advice = f"{below} or {below + process_count}" if below else f"{process_count}"
-        raise UserError(
-            f"batch size {batch_size} does not divide by {process_count} processes; {advice} would."
-        )
+        raise UserError(f"batch size {batch_size} does not divide by {process_count} processes; {advice} would.")
     if seed < 0:
         raise UserError(f"data seed is {seed}: it must be a whole number from 0.")
     if num_threads < 1 or prefetch < 0:

@@ -143,9 +143,7 @@ class FileSource(Source):
 
     def _check(self, i: int, shape: image_files.ImageShape) -> None:
         if shape != self._shape:
-            raise UserError(
-                f"{self._where(i)} is {shape}, but {self._names[0]} is {self._shape}: make them alike."
-            )
+            raise UserError(f"{self._where(i)} is {shape}, but {self._names[0]} is {self._shape}: make them alike.")
 
     def _check_headers(self) -> None:
         if len(self._names) > MAX_HEADERS_CHECKED:

@@ -13,6 +13,7 @@ pass, while depthwise convolutions of such short filters (and their gradients) a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,9 @@ def downsample(x: jax.Array, filter_taps: Sequence[float] = (1, 1), pad: int | N
     for axis in (1, 2):
         size = (x.shape[axis] + 2 * pad - len(taps)) // 2 + 1
         padded = _pad_axis(x, axis, pad, pad)
-        x = sum(
-            _weighted(jax.lax.slice_in_dim(padded, k, k + 2 * size - 1, 2, axis), tap) for k, tap in enumerate(taps)
+        x = reduce(
+            jnp.add,
+            (_weighted(jax.lax.slice_in_dim(padded, k, k + 2 * size - 1, 2, axis), tap) for k, tap in enumerate(taps)),
         )
     return x
 
@@ -56,11 +58,9 @@ def upsample(x: jax.Array, filter_taps: Sequence[float] = (1, 1), pad: int | Non
         n = x.shape[axis]
         # Even and odd outputs of the full transposed convolution each see every second tap.
         padded = _pad_axis(x, axis, half - 1, half - 1)
+        shifted = [jax.lax.slice_in_dim(padded, half - 1 - j, n + 2 * half - 2 - j, 1, axis) for j in range(half)]
         phases = [
-            sum(
-                _weighted(jax.lax.slice_in_dim(padded, half - 1 - j, n + 2 * half - 2 - j, 1, axis), 2 * taps[2 * j + phase])
-                for j in range(half)
-            )
+            reduce(jnp.add, (_weighted(part, 2 * taps[2 * j + phase]) for j, part in enumerate(shifted)))
             for phase in (0, 1)
         ]
         full = jnp.stack(phases, axis=axis + 1)

@@ -96,7 +96,7 @@ class SongUNet(nn.Module):
     def _norm_widths(self) -> list[int]:
         """Channel counts that meet a GroupNorm: of every block's input and output."""
         widths, skips, width = set(), [], self.model_channels
-        for level, mult in enumerate(self.channel_mult):
+        for mult in self.channel_mult:
             skips.append(width)  # the first convolution, or the down block
             widths.add(width)
             for _ in range(self.num_blocks):

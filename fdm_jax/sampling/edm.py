@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,11 @@ class Churn:
 class _Evaluation(NamedTuple):
     """One call of the denoiser; the fields are columns of a table with a row per call."""
 
-    sigma: jax.Array  # where D is called
-    h: jax.Array  # sigma_{i+1} - sigma_hat_i, the length of the step that the call belongs to
-    noise: jax.Array  # standard deviation of the noise put on x before the call
-    step: jax.Array  # i
-    corrects: jax.Array  # whether this is the second call of a Heun step
+    sigma: Any  # where D is called
+    h: Any  # sigma_{i+1} - sigma_hat_i, the length of the step that the call belongs to
+    noise: Any  # standard deviation of the noise put on x before the call
+    step: Any  # i
+    corrects: Any  # whether this is the second call of a Heun step
 
 
 def _table(sigmas: np.ndarray, churn: Churn, heun: bool) -> _Evaluation:

@@ -46,7 +46,11 @@ def make_generate_fn(
 
     def generate(variables: Any, seeds: jax.Array, labels: jax.Array) -> jax.Array:
         class_labels = jax.nn.one_hot(labels, num_classes) if num_classes else None
-        denoise = make_denoise_fn(family, lambda x, c_noise: network.apply(variables, x, c_noise, class_labels))
+
+        def apply(x: jax.Array, c_noise: jax.Array) -> Any:
+            return network.apply(variables, x, c_noise, class_labels)
+
+        denoise = make_denoise_fn(family, apply)
         noise = latents(seeds, image_shape)
         x = edm_sample(denoise, noise, sigmas, churn=churn, noise_fn=lambda i: churn_noise(seeds, i, image_shape))
         return to_uint8(x)

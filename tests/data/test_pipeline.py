@@ -88,9 +88,7 @@ def test_the_order_does_not_depend_on_threads_but_on_the_seed():
     for threads, prefetch in [(1, 1), (8, 16), (4, 2)]:
         np.testing.assert_array_equal(labels(batches(num_threads=threads, prefetch=prefetch), 12), expected)
     assert labels(batches(seed=2**40), 1).tolist() != labels(batches(seed=0), 1).tolist()
-    epochs = {
-        tuple(labels(batches(seed=seed), 9)[i * N : (i + 1) * N]) for seed in range(20) for i in range(3)
-    }
+    epochs = {tuple(labels(batches(seed=seed), 9)[i * N : (i + 1) * N]) for seed in range(20) for i in range(3)}
     assert len(epochs) == 60  # neighbouring seeds share no epoch either
 
 

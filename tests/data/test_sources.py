@@ -40,9 +40,7 @@ def test_zip_and_folder(path, pixels):
 
 def test_files_at_any_depth_of_any_known_kind_and_nothing_else(archives, pixels, tmp_path):
     grey = pixels[:3, ..., 0]
-    path = archives.dir(
-        {"notes.txt": b"", ".DS_Store": b"", "__MACOSX/._b.png": b"junk", ".hidden/x.png": b"junk"}
-    )
+    path = archives.dir({"notes.txt": b"", ".DS_Store": b"", "__MACOSX/._b.png": b"junk", ".hidden/x.png": b"junk"})
     (tmp_path / "a" / "deep" / "er").mkdir(parents=True)
     for name, image in zip(["b.PNG", "deep/er/c.bmp", "a.tiff"], grey, strict=True):
         PIL.Image.fromarray(image).save(tmp_path / "a" / name)
@@ -74,17 +72,13 @@ def test_xflip(path, pixels):
     np.testing.assert_array_equal(batch["image"][:7], pixels)
     np.testing.assert_array_equal(batch["image"][7:], pixels[:, :, ::-1])
     np.testing.assert_array_equal(batch["label"], [i % 3 for i in range(7)] * 2)
-    np.testing.assert_array_equal(
-        source.read([3])["image"], pixels[[3]]
-    )  # the cache was not mirrored in place
+    np.testing.assert_array_equal(source.read([3])["image"], pixels[[3]])  # the cache was not mirrored in place
 
 
 def test_subset_is_that_of_the_reference(source, pixels):
     order = np.arange(7)  # as EDM's dataset picks max_size images
     np.random.RandomState(5).shuffle(order)
-    np.testing.assert_array_equal(
-        Subset(source, 4, seed=5).read(range(4))["image"], pixels[np.sort(order[:4])]
-    )
+    np.testing.assert_array_equal(Subset(source, 4, seed=5).read(range(4))["image"], pixels[np.sort(order[:4])])
     assert len(Subset(source, 100)) == 7
     assert Subset(source, 1).spec.num_classes == 3
 

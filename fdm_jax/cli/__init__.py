@@ -1,0 +1,1 @@
+"""The program ``fdm``: one short module per command, each with HELP, add_arguments(parser) and run(args)."""

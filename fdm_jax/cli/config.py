@@ -1,0 +1,101 @@
+"""``--config=FILE.py:NAME`` with ``--config.x.y=value`` overrides."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from fdm_jax.defaults import field_names
+from fdm_jax.errors import UserError, nearest
+
+
+def add_config_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add ``--config``; what follows it as ``--config.x.y=value`` is collected into ``args.overrides``."""
+    parser.add_argument(
+        "--config",
+        required=required,
+        metavar="FILE.py:NAME",
+        help="a configuration, such as configs/edm.py:digits; set single fields with --config.FIELD=VALUE, "
+        "for example --config.train.batch_size=256",
+    )
+
+
+def load(args: argparse.Namespace) -> ConfigDict:
+    """The configuration that ``args.config`` and ``args.overrides`` name, locked.
+
+    Raises:
+      UserError: no such file, name or field, or a value of the wrong type.
+    """
+    path, _, name = args.config.partition(":")
+    config = _load_file(path, name)
+    config.lock()
+    overrides, known = _pairs(args.overrides), field_names(config)
+    for field, _ in overrides:
+        if field not in known:
+            raise UserError(f"There is no configuration field {field!r}: {nearest(field, known)}")
+    values = flags.FlagValues()
+    argv = ["fdm", *(f"--config.{field}={value}" for field, value in overrides)]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        for field, value in overrides:
+            if f"config.{field}" in str(error):
+                raise _wrong_type(config, field, value) from error
+        raise UserError(f"The configuration cannot be changed as asked: {error}") from error
+    return values.config
+
+
+def _load_file(path: str, name: str) -> ConfigDict:
+    if not Path(path).is_file():
+        raise UserError(f"There is no configuration file {path!r}: give one such as configs/edm.py:digits.")
+    spec = importlib.util.spec_from_file_location("fdm_config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"The configuration file {path!r} must be a Python file, with a name ending in .py.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(name) if name else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # somebody's own file: whatever is wrong in it, say where
+        raise UserError(f"The configuration file {path!r} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config in {path!r} must return a ConfigDict, and returned {type(config).__name__}.")
+    return config
+
+
+def _pairs(overrides: list[str]) -> list[tuple[str, str]]:
+    """["--config.a=1", "--config.b", "2"] -> [("a", "1"), ("b", "2")]"""
+    pairs, rest = [], list(overrides)
+    while rest:
+        field, equals, value = rest.pop(0).removeprefix("--config.").partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"--config.{field} needs a value: --config.{field}=VALUE.")
+            value = rest.pop(0)
+        pairs.append((field, value))
+    # Of several values of one field the last counts; config_flags would join lists.
+    return list(dict(pairs).items())
+
+
+def _wrong_type(config: ConfigDict, field: str, value: str) -> UserError:
+    node: Any = config
+    *parents, leaf = field.split(".")
+    for part in parents:
+        node = node[part]
+    kinds = {
+        bool: "True or False",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        tuple: "a list of whole numbers such as (1, 2, 2)",
+    }
+    return UserError(
+        f"{field} must be {kinds.get(node.get_type(leaf), node.get_type(leaf).__name__)}, and is {value!r}."
+    )

@@ -1,0 +1,186 @@
+"""Generate images with the averaged weights (EMA) of a run.
+
+  fdm generate --workdir=runs/digits --seeds=0-63 --out=images/         a PNG per seed
+  fdm generate --workdir=runs/digits --seeds=0-99 --out=grid.png        one grid
+  fdm generate --workdir=runs/digits --seeds=0-49999 --out=images.npz   arrays: image, seed, label
+
+A seed decides its image (and its class, unless --class is given) whatever is generated beside it.  A command
+that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fdm_jax.errors import UserError
+
+HELP = "generate images with a trained model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="workdir of the run")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="PATH", help="a folder, or a file ending in .png or .npz"
+    )
+    parser.add_argument("--seeds", default="0-63", help="such as 0-63 or 1,2,5-9 (default: %(default)s)")
+    parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
+    parser.add_argument("--steps", type=int, help="sampler steps, NFE = 2 steps - 1 (default: the run's samples.steps)")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
+    parser.add_argument("--columns", type=int, metavar="N", help="of a grid (default: as square as it gets)")
+    noise = parser.add_argument_group("noise", "range and churn of the EDM sampler; the model's own range wins")
+    noise.add_argument("--sigma-min", type=float, default=0.002, help="default: %(default)s")
+    noise.add_argument("--sigma-max", type=float, default=80.0, help="default: %(default)s")
+    noise.add_argument("--rho", type=float, default=7.0, help="default: %(default)s")
+    noise.add_argument("--S_churn", type=float, default=0.0, help="0 (the default): deterministic")
+    noise.add_argument("--S_min", type=float, default=0.0, help="default: %(default)s")
+    noise.add_argument("--S_max", type=float, default=float("inf"), help="default: %(default)s")
+    noise.add_argument("--S_noise", type=float, default=1.0, help="default: %(default)s")
+
+
+def parse_seeds(text: str) -> np.ndarray:
+    """ "0-3,7" -> [0, 1, 2, 3, 7] as uint32.
+
+    Raises:
+      UserError: anything else, a range that falls, or a seed outside 0 ... 2^32 - 1.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UserError(f"The seeds {text!r} cannot be read at {part!r}: write them as 0-63 or 1,2,5-9.")
+        low, high = int(first), int(last or first)
+        if high < low:
+            raise UserError(f"The range of seeds {part!r} falls: write it as {high}-{low}.")
+        if high >= 2**32:
+            raise UserError(f"Seeds go up to {2**32 - 1}, and {part!r} goes beyond.")
+        if high - low >= 100_000_000:
+            raise UserError(f"The range of seeds {part!r} is longer than 100,000,000: ask for less at a time.")
+        seeds += range(low, high + 1)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"The seeds {text!r} name one seed twice.")
+    return np.asarray(seeds, np.uint32)
+
+
+def run(args: argparse.Namespace) -> int:
+    seeds = parse_seeds(args.seeds)
+    for name in ("batch", "columns", "steps"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be 1 or more, and is {value}.")
+
+    import jax.numpy as jnp
+    from tqdm import tqdm
+
+    from fdm_jax import pictures
+    from fdm_jax.defaults import from_dict
+    from fdm_jax.experiment import Experiment
+    from fdm_jax.sampling import Churn
+    from fdm_jax.sampling import seeds as draws
+    from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
+    from fdm_jax.training.checkpoints import Checkpoints, read_config
+    from fdm_jax.training.parallel import make_mesh
+
+    config = from_dict(read_config(args.workdir))
+    steps = args.steps or config.samples.steps
+    checkpoints = Checkpoints(args.workdir / "checkpoints", read_only=True)
+    checkpoint, variables, meta = checkpoints.restore_model(args.checkpoint)
+    experiment = Experiment.from_config(from_dict(meta["config"]))
+    classes = experiment.num_classes
+    if args.label is not None and not 0 <= args.label < classes:
+        right = f"from 0 to {classes - 1}" if classes else "left out, since this model knows no classes"
+        raise UserError(f"--class must be {right}, and is {args.label}.")
+    if args.label is not None:
+        labels = np.full(len(seeds), args.label, np.int32)
+    elif classes:
+        labels = np.asarray(draws.labels(jnp.asarray(seeds), classes))
+    else:
+        labels = np.full(len(seeds), -1, np.int32)
+
+    churn = Churn(S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
+    settings = {
+        "workdir": str(args.workdir.resolve()), "checkpoint": checkpoint, "class": args.label, "steps": steps,
+        "sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho, "S_churn": args.S_churn,
+        "S_min": args.S_min, "S_max": str(args.S_max), "S_noise": args.S_noise,
+    }  # fmt: skip
+    out = _Output(args.out, settings)
+    missing = np.flatnonzero([not out.has(int(seed)) for seed in seeds])
+    if len(missing):
+        generate = make_generate_fn(
+            experiment.network, experiment.family, experiment.image_shape, classes, steps=steps,
+            sigma_min=args.sigma_min, sigma_max=args.sigma_max, rho=args.rho, churn=churn,
+        )  # fmt: skip
+        generator = BatchedGenerator(generate, make_mesh(), min(args.batch, len(missing)))
+        with tqdm(total=len(seeds), initial=len(seeds) - len(missing), unit="img", disable=None) as bar:
+            for rows, images in generator(variables, seeds[missing], labels[missing]):
+                for seed, image in zip(seeds[missing][rows], images, strict=True):
+                    out.put(int(seed), image)
+                bar.update(len(images))
+    out.finish(seeds, labels, args.columns or int(np.ceil(np.sqrt(len(seeds)))), pictures)
+    print(f"{len(seeds):,} images in {args.out} (checkpoint of step {checkpoint:,}, {2 * steps - 1} NFE).")
+    return 0
+
+
+class _Output:
+    """A folder of PNGs by seed; for a grid or an npz that folder is a temporary one beside it."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        if path.suffix not in ("", ".png", ".npz"):
+            raise UserError(f"--out must be a folder or end in .png or .npz, and is {path}.")
+        self.path = path
+        self.folder = path if path.suffix == "" else path.with_name(f"{path.name}.parts")
+        record = self.folder / "settings.json"
+        if record.exists():
+            before = json.loads(record.read_text())
+            if before != settings:
+                if self.folder != path:
+                    shutil.rmtree(self.folder)  # ours, and of another request
+                else:
+                    different = ", ".join(sorted(k for k in settings if before.get(k) != settings[k]))
+                    raise UserError(
+                        f"{path} holds images made with another {different}: delete it, or give another --out."
+                    )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(settings, indent=1))
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise UserError(f"--out {path} cannot be written: {error.strerror}.") from error
+
+    def _file(self, seed: int) -> Path:
+        return self.folder / f"{seed:06d}.png"
+
+    def has(self, seed: int) -> bool:
+        return self._file(seed).exists()
+
+    def put(self, seed: int, image: np.ndarray) -> None:
+        from fdm_jax.pictures import save_png
+
+        save_png(image, self._file(seed))
+
+    def _images(self, seeds: np.ndarray) -> Iterator[np.ndarray]:
+        from PIL import Image
+
+        for seed in seeds:
+            image = np.asarray(Image.open(self._file(int(seed))))
+            yield image if image.ndim == 3 else image[..., None]
+
+    def finish(self, seeds: np.ndarray, labels: np.ndarray, columns: int, pictures: Any) -> None:
+        """Make the one file that was asked for, if it is one."""
+        if self.folder == self.path:
+            return
+        images = np.stack(list(self._images(seeds)))
+        if self.path.suffix == ".png":
+            scale = max(1, 32 // images.shape[1])
+            pictures.save_png(pictures.image_grid(images, columns, scale=scale), self.path)
+        else:
+            temporary = self.folder / "all.npz"
+            np.savez(temporary, image=images, seed=seeds, label=labels)
+            temporary.replace(self.path)
+        shutil.rmtree(self.folder)

@@ -1,0 +1,91 @@
+"""``fdm COMMAND ...``: finds the command, and turns user errors into one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from fdm_jax import __version__
+from fdm_jax.errors import UserError
+
+COMMANDS = ("train", "generate", "plan", "bench", "demo")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of one command; its module is imported only when it is the one asked for."""
+    parser = argparse.ArgumentParser(
+        prog="fdm",
+        description="Fast Diffusion Model in JAX: diffusion models with momentum, trained and sampled.",
+        epilog="`fdm COMMAND --help` says more of each command.",
+    )
+    parser.add_argument("--version", action="version", version=f"fdm_jax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"fdm_jax.cli.{name}")
+        sub = commands.add_parser(name, help=module.HELP, description=module.__doc__, formatter_class=_Formatter)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    args, unknown = parser.parse_known_args(argv)
+    args.overrides = []
+    takes_config = hasattr(args, "config")
+    while unknown:
+        token = unknown.pop(0)
+        if not (takes_config and token.startswith("--config.")):
+            parser.error(f"{args.command} does not know the argument {token!r}; see fdm {args.command} --help.")
+        args.overrides.append(token)
+        if "=" not in token and unknown and not unknown[0].startswith("--"):
+            args.overrides.append(unknown.pop(0))
+    return args
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the paragraphs of a command's description."""
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs in the user's cache directory, unless JAX was told where to keep them."""
+    import jax
+
+    from fdm_jax.user_dirs import user_cache_dir
+
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(user_cache_dir() / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command; returns its exit code: 0, or 2 for what the user can mend."""
+    args = parse(argv)
+    try:
+        use_compile_cache()
+        return args.run(args)
+    except UserError as error:
+        sentence = str(error)
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        sentence = (
+            "The disk is full: nothing already saved is lost; make room and give the same command again to go on."
+        )
+    print(f"fdm {args.command}: {sentence}", file=sys.stderr)
+    return 2
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, says that a disk is full.  Libraries in C++ only say so in words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def entry_point() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,55 @@
+"""Train a model, or go on training it: the same command again continues the run from its newest checkpoint.
+
+  fdm train --config=configs/edm.py:digits --workdir=runs/digits
+  fdm train --config=configs/edm.py:cifar10 --workdir=runs/cifar10 --config.data.source=cifar10.zip
+
+The workdir receives checkpoints, metrics.jsonl, TensorBoard files, grids of samples and the configuration.
+Ctrl-C and SIGTERM save before they end the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "train a model, or go on with a run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from fdm_jax.cli.config import add_config_argument
+
+    add_config_argument(parser)
+    parser.add_argument(
+        "--workdir", required=True, type=Path, metavar="DIR", help="where everything of the run is kept"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check configuration, data and devices, print them, and stop there"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    import jax
+    from absl import logging
+
+    from fdm_jax.cli.config import load
+    from fdm_jax.defaults import to_json
+    from fdm_jax.experiment import Experiment, open_data
+    from fdm_jax.training.loop import train
+
+    config = load(args)
+    source = open_data(config)
+    experiment = Experiment.from_config(config, source.spec)
+    spec = source.spec
+    classes = f"{spec.num_classes} classes" if spec.num_classes else "no classes"
+    print(
+        f"Data: {spec.name}, {spec.num_images:,} images of {spec.resolution}x{spec.resolution}x{spec.channels}, {classes}. "
+        f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind}.",
+        flush=True,
+    )
+    if args.dry_run:
+        experiment.check_devices(jax.device_count())
+        print(to_json(config), end="")
+        return 0
+    logging.set_verbosity(logging.WARNING)
+    train(experiment, source, args.workdir)
+    return 0

@@ -1,0 +1,185 @@
+"""From a configuration to the parts of a run.  The only module that reads a ConfigDict's fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from fdm_jax.augment import NUM_LABELS
+from fdm_jax.data.sources import BUILDERS, DataSpec, Source, open_source
+from fdm_jax.defaults import flatten
+from fdm_jax.errors import UserError, nearest
+from fdm_jax.families import Family, make_family
+from fdm_jax.momentum import Momentum
+from fdm_jax.networks import SongUNet
+from fdm_jax.training.step import TrainSpec
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# What may differ between a run and its continuation: how long it goes, what it reports, where its data lies, and
+# how its work is cut up, which changes numbers by rounding only.
+FREE_FIELDS = (
+    "train.images", "train.accumulation", "train.max_bad_steps", "log.", "checkpoint.", "samples.", "parallel",
+    "data.source", "data.data_dir", "data.cache_mb", "data.threads",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The parts of a run.
+
+    Attributes:
+      config: what they were made from, with the shape of the data filled in.
+      family, network, spec: see there.
+      image_shape: (H, W, C).
+      num_classes: 0 for an unconditional run.
+    """
+
+    config: ConfigDict
+    family: Family
+    network: SongUNet
+    spec: TrainSpec
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, data: DataSpec | None = None) -> Experiment:
+        """Build the parts; nothing is compiled.
+
+        Args:
+          config: fields as in :func:`fdm_jax.defaults.default_config`.
+          data: the data set's own shape, checked against the configuration's; without it the configuration
+            must give the shape, or the data set is opened for it.
+
+        Raises:
+          UserError: a value that does not fit, naming its field.
+        """
+        if data is None and (config.data.resolution is None or config.data.channels is None or (
+            config.data.class_conditional and config.data.num_classes is None
+        )):  # fmt: skip
+            data = open_data(config).spec
+        shape = {field: getattr(config.data, field) for field in ("resolution", "channels", "num_classes")}
+        if not config.data.class_conditional:
+            shape["num_classes"] = 0
+        if data is not None:
+            for field, wanted in shape.items():
+                found = getattr(data, field)
+                # Fewer classes than the network has are fine: a subset may lack the last ones.
+                if wanted is not None and (found > wanted if field == "num_classes" else found != wanted):
+                    raise UserError(
+                        f"data.{field} is {wanted}, but {config.data.source} has {found}: set --config.data.{field}={found}."
+                    )
+                shape[field] = found if wanted is None else wanted
+        if config.data.class_conditional and shape["num_classes"] < 1:
+            raise UserError(
+                f"data.class_conditional is True, but {config.data.source} has no classes: "
+                "set --config.data.class_conditional=False."
+            )
+        config = config.copy_and_resolve_references()
+        config.data.update(shape if config.data.class_conditional else {**shape, "num_classes": None})
+        image_shape = (shape["resolution"], shape["resolution"], shape["channels"])
+        spec = _train_spec(config, shape["num_classes"])
+        if config.network.dtype not in DTYPES:
+            raise UserError(f"network.dtype is {config.network.dtype!r}: {nearest(config.network.dtype, DTYPES)}")
+        network = SongUNet(
+            resolution=shape["resolution"],
+            channels=shape["channels"],
+            label_dim=shape["num_classes"],
+            augment_dim=NUM_LABELS if spec.augment_probability > 0 else 0,
+            **{k: v for k, v in config.network.items() if k != "dtype"},
+            dtype=DTYPES[config.network.dtype],
+        )
+        momentum = Momentum(multiplier=config.momentum.multiplier) if config.momentum.enabled else None
+        fields = {k: v for k, v in config.family.items() if k != "name"}
+        return cls(
+            config,
+            make_family(config.family.name, momentum, **fields),
+            network,
+            spec,
+            image_shape,
+            shape["num_classes"],
+        )
+
+    def check_devices(self, devices: int) -> None:
+        """Raise a UserError unless a round's batch can be dealt to so many devices."""
+        batch, rounds = self.spec.batch_size, self.spec.accumulation
+        if batch % (devices * rounds):
+            raise UserError(
+                f"train.batch_size is {batch}, and must divide by {devices} device(s) times {rounds} round(s) of "
+                f"train.accumulation; {max(batch // (devices * rounds), 1) * devices * rounds} would."
+            )
+
+
+def _train_spec(config: ConfigDict, num_classes: int) -> TrainSpec:
+    train = config.train
+    for name, least in (
+        ("train.images", 1), ("train.batch_size", 1), ("train.accumulation", 1), ("train.learning_rate", 0),
+        ("train.lr_rampup_images", 0), ("train.ema_halflife_images", 0), ("train.max_bad_steps", 1),
+        ("warmup_steps", 0), ("seed", 0), ("log.every_images", 1), ("checkpoint.every_images", 1),
+        ("checkpoint.keep_latest", 1), ("checkpoint.keep_every_images", 1), ("samples.every_images", 0),
+        ("samples.columns", 1), ("samples.rows", 1), ("samples.steps", 1), ("data.threads", 1),
+    ):  # fmt: skip
+        value = _field(config, name)
+        if not value >= least:
+            raise UserError(f"{name} must be {least} or more, and is {value}.")
+    if config.seed >= 2**31:
+        raise UserError(f"seed must be below 2^31, and is {config.seed}.")
+    if not 0 <= config.augment.probability <= 1:
+        raise UserError(f"augment.probability must be from 0 to 1, and is {config.augment.probability}.")
+    return TrainSpec(
+        batch_size=train.batch_size,
+        accumulation=train.accumulation,
+        learning_rate=train.learning_rate,
+        lr_rampup_images=train.lr_rampup_images,
+        ema_halflife_images=train.ema_halflife_images,
+        ema_rampup_ratio=train.ema_rampup_ratio,
+        warmup_steps=config.warmup_steps,
+        augment_probability=config.augment.probability,
+        num_classes=num_classes,
+        seed=config.seed,
+    )
+
+
+def _field(config: ConfigDict, name: str) -> Any:
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def open_data(config: ConfigDict, split: str | None = None) -> Source:
+    """The data set of a configuration; ``split`` replaces the configured one.
+
+    Raises:
+      UserError: see :func:`fdm_jax.data.sources.open_source`.
+    """
+    data = config.data
+    if data.source in ("cifar10", "ffhq64", "afhqv2") and data.source not in BUILDERS:
+        raise UserError(
+            f"data.source is {data.source!r}, which cannot be downloaded: give the images as a zip or folder in "
+            f"EDM's layout, --config.data.source=PATH."
+        )
+    return open_source(
+        data.source,
+        split=split or data.split,
+        data_dir=data.data_dir,
+        use_labels=data.class_conditional,
+        xflip=data.xflip,
+        max_images=data.max_images,
+        seed=config.seed,
+        cache_mb=data.cache_mb,
+    )
+
+
+def differing_fields(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Fields, with both values, that keep run ``b`` from continuing run ``a``; arguments as of ``config.to_dict()``."""
+    flat_a, flat_b = flatten(json.loads(json.dumps(a))), flatten(json.loads(json.dumps(b)))
+    absent = "(not set)"
+    return [
+        f"{name} ({flat_a.get(name, absent)} there, {flat_b.get(name, absent)} here)"
+        for name in sorted(flat_a.keys() | flat_b.keys())
+        if flat_a.get(name, absent) != flat_b.get(name, absent) and not name.startswith(FREE_FIELDS)
+    ]

@@ -1,0 +1,114 @@
+"""Pictures for people to look at: grids of images, and curves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from fdm_jax.errors import UserError
+
+
+def image_grid(images: np.ndarray, columns: int, *, scale: int = 1, gap: int = 1) -> Image.Image:
+    """Lay images out row by row on black, which also fills up the last row.
+
+    Args:
+      images: uint8 [N, H, W, C], grey (C = 1) or RGB (C = 3).
+      columns: images per row.
+      scale: whole-number enlargement of each pixel, gaps included.
+      gap: pixels between images and around them, before enlargement.
+
+    Returns:
+      A picture of mode L or RGB, scale * (columns * (W + gap) + gap) wide.
+
+    Raises:
+      UserError: images of another kind, or a number that is too small.
+    """
+    if images.ndim != 4 or not len(images):
+        raise UserError(f"A grid takes images of the shape [N, H, W, C], and these have {list(images.shape)}.")
+    if columns < 1 or scale < 1 or gap < 0:
+        raise UserError(
+            "A grid takes columns and scale of 1 or more and a gap of 0 or more, "
+            f"and these are {columns}, {scale} and {gap}."
+        )
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    sheet = np.zeros((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), images.dtype)
+    for i, image in enumerate(images):
+        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return _picture(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+def save_png(image: Image.Image | np.ndarray, path: str | os.PathLike[str]) -> None:
+    """Write a picture, whole or not at all; an array is uint8 [H, W, C], grey (C = 1) or RGB (C = 3).
+
+    Raises:
+      UserError: the file cannot be written, or the array is of another kind.
+    """
+    picture = image if isinstance(image, Image.Image) else _picture(image)
+    _write(path, lambda file: picture.save(file, format="PNG"))
+
+
+def curves_png(
+    path: str | os.PathLike[str],
+    series: Mapping[str, tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    logy: bool = False,
+) -> None:
+    """Draw lines into a PNG, written whole or not at all.
+
+    Args:
+      path: the file.
+      series: {name: (x, y)}; the names are shown if there are several.
+      xlabel, ylabel: what the axes are.
+      logy: whether the vertical axis is logarithmic.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    # Here because it takes half a second that most commands need not wait; not pyplot, which keeps figures and
+    # may want a display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes: Any = figure.subplots()
+    for name, (x, y) in series.items():
+        axes.plot(x, y, label=name)
+    if logy:
+        axes.set_yscale("log")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    if len(series) > 1:
+        axes.legend()
+    _write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
+        raise UserError(
+            "A picture is made of uint8 pixels with 1 or 3 channels in the last axis, "
+            f"not of {image.dtype} in the shape {list(image.shape)}."
+        )
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def _write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
+    """Let ``write`` fill a file beside the final one, then rename it: a reader sees the old picture or the new."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # there only if something went wrong
+    except OSError as error:
+        raise UserError(f"The picture {path} cannot be written: {error.strerror or error}.") from error

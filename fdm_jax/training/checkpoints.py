@@ -1,0 +1,192 @@
+"""Checkpoints: everything a run needs to go on, written in the background by Orbax.
+
+A checkpoint has three parts: "model" (EMA and constants: what sampling needs), "train" (parameters, optimiser,
+counters) and "meta" (configuration and position in the data, as JSON).  None of them depends on the number of
+devices or processes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from fdm_jax.errors import UserError
+from fdm_jax.training.step import TrainState
+
+_MODEL = ("ema", "constants")
+
+
+def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(model, train) as nested dicts of arrays."""
+    fields = flax.serialization.to_state_dict(state)
+    return {k: fields[k] for k in _MODEL}, {k: v for k, v in fields.items() if k not in _MODEL}
+
+
+class Checkpoints:
+    """The checkpoints of a run, by optimiser step.
+
+    Args:
+      directory: made if it is not there (unless read-only).
+      keep_latest: how many of the newest are kept.
+      keep_every_steps: those at multiples of this are kept for good; None for none.
+      read_only: nothing is written, deleted or moved.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep_latest: int | None = None,
+        keep_every_steps: int | None = None,
+        read_only: bool = False,
+    ):
+        self._directory, self._read_only = directory.resolve(), read_only
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep_latest,
+            keep_period=None if read_only else keep_every_steps,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("model", "train", "meta"))
+
+    def steps(self) -> list[int]:
+        """Steps with a finished checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Start writing; returns once the arrays are copied.  Does nothing if the step is saved already."""
+        if step in self._manager.all_steps():
+            return
+        model, train = _split(state)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(model), train=ocp.args.StandardSave(train), meta=ocp.args.JsonSave(meta)
+            ),
+        )
+
+    def wait(self) -> None:
+        """Wait until what was started is written; raises what went wrong."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and give the background threads back."""
+        self._manager.close()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON part of one checkpoint."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def latest_meta(self) -> dict[str, Any] | None:
+        """The JSON part of the newest checkpoint whose part can be read; None if there is none."""
+        for step in reversed(self.steps()):
+            try:
+                return self.meta(step)
+            except Exception as error:  # Orbax, TensorStore and JSON each have their own
+                logging.warning("The checkpoint of step %d cannot be read: %s", step, error)
+        return None
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that can be read: (state, meta), or None if there is no checkpoint at all.
+
+        One that cannot be read is said so in the log and moved out of the way, to ``damaged/`` beside it.
+
+        Args:
+          like: shapes, types and shardings to restore to.
+
+        Raises:
+          UserError: there are checkpoints, and none can be read.
+        """
+        steps = self.steps()
+        model, train = _split(like)
+        for step in reversed(steps):
+            try:
+                parts = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        model=ocp.args.StandardRestore(model),
+                        train=ocp.args.StandardRestore(train),
+                        meta=ocp.args.JsonRestore(),
+                    ),
+                )
+                self._check_types(parts["model"], model)
+                self._check_types(parts["train"], train)
+            except Exception as error:
+                self._set_aside(step, error)
+                continue
+            return flax.serialization.from_state_dict(like, {**parts["model"], **parts["train"]}), parts["meta"]
+        if steps:
+            raise UserError(
+                f"None of the {len(steps)} checkpoints in {self._directory} can be read: start again in an empty workdir."
+            )
+        return None
+
+    def restore_model(self, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """(step, {"params": EMA, ...constants}, meta) of one checkpoint, by default the newest that can be read.
+
+        Raises:
+          UserError: no such checkpoint, or none that can be read.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"There is no checkpoint in {self._directory}: train first.")
+        if step is not None and step not in steps:
+            raise UserError(f"There is no checkpoint of step {step}: choose one of {', '.join(map(str, steps))}.")
+        for candidate in reversed(steps) if step is None else [step]:
+            try:
+                parts = self._manager.restore(
+                    candidate,
+                    args=ocp.args.Composite(model=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()),
+                )
+                model = parts["model"]
+                return candidate, {"params": model["ema"], **(model.get("constants") or {})}, parts["meta"]
+            except Exception as error:
+                logging.warning("The checkpoint of step %d cannot be read: %s", candidate, error)
+        raise UserError(f"No checkpoint in {self._directory} can be read.")
+
+    @staticmethod
+    def _check_types(found: Any, wanted: Any) -> None:
+        """Orbax casts silently where a stored type differs; a run must not change its precision that way."""
+
+        def check(a: Any, b: Any) -> None:
+            if (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise ValueError(f"{a.shape} {a.dtype} stored, {b.shape} {b.dtype} expected")
+
+        jax.tree.map(check, found, wanted)
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        reason = " ".join(str(error).split())[:200]
+        logging.warning("The checkpoint of step %d is damaged (%s); going back to the one before.", step, reason)
+        if self._read_only:
+            return
+        if jax.process_index() == 0:
+            damaged = self._directory / "damaged"
+            damaged.mkdir(exist_ok=True)
+            target = damaged / str(step)
+            if target.exists():
+                shutil.rmtree(target)
+            (self._directory / str(step)).rename(target)
+        self._manager.reload()
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The configuration that a workdir's run was started with.
+
+    Raises:
+      UserError: it is no workdir, or its configuration cannot be read.
+    """
+    path = workdir / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is not the workdir of a run: it has no config.json.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"The configuration {path} cannot be read: {error}") from error

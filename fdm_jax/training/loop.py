@@ -1,0 +1,286 @@
+"""The training loop: the shell that feeds the pure step, and keeps what it gives."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import clu.parameter_overview
+import jax
+import numpy as np
+
+from fdm_jax import pictures
+from fdm_jax.data.pipeline import Batches, make_batches
+from fdm_jax.data.sources import Source
+from fdm_jax.defaults import to_json
+from fdm_jax.errors import UserError
+from fdm_jax.experiment import Experiment, differing_fields
+from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
+from fdm_jax.training.checkpoints import Checkpoints
+from fdm_jax.training.parallel import make_mesh, parallelise, replicated
+from fdm_jax.training.step import TrainState, init_state, make_train_step
+from fdm_jax.training.writers import Progress, Writers, write_text
+
+# Steps sent to the devices before the metrics of the first are waited for: keeps them busy, bounds the queue.
+STEPS_IN_FLIGHT = 4
+
+
+def train(experiment: Experiment, source: Source, workdir: Path) -> bool:
+    """Train, or go on training, in a workdir.
+
+    Writes ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``samples/*.png`` and
+    ``curves.png``.  The same call again continues the run from its newest checkpoint, bit for bit.
+
+    Args:
+      experiment: what to train.
+      source: the data.
+      workdir: made if it is not there.
+
+    Returns:
+      True if the run is complete; False if a signal (SIGTERM, Ctrl-C) ended it early, saved.
+
+    Raises:
+      UserError: the workdir is in use or belongs to another configuration, the batch cannot be dealt to the
+        devices, or the gradients were not finite too often in a row.
+    """
+    experiment.check_devices(jax.device_count())
+    with _locked(workdir):
+        return _Run(experiment, source, workdir).train()
+
+
+class _Run:
+    """One start of a run."""
+
+    def __init__(self, experiment: Experiment, source: Source, workdir: Path):
+        self.began = time.monotonic()
+        self.experiment, self.workdir, self.config = experiment, workdir, experiment.config
+        self.batch_size = experiment.spec.batch_size
+        self.main = jax.process_index() == 0
+        self.mesh = make_mesh()
+        self.total_steps = -(-self.config.train.images // self.batch_size)
+        self.checkpoint_steps = self._steps(self.config.checkpoint.every_images)
+        keep = round(self.config.checkpoint.keep_every_images / self.batch_size / self.checkpoint_steps)
+        self.checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            keep_latest=self.config.checkpoint.keep_latest,
+            keep_every_steps=max(keep, 1) * self.checkpoint_steps,
+        )
+        self._check_config()
+        self.batches: Batches = make_batches(
+            source,
+            batch_size=self.batch_size,
+            seed=self.config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=self.config.data.threads,
+        )
+        self.generator: BatchedGenerator | None = None
+
+    def _steps(self, images: int) -> int:
+        """An interval in images as the nearest number of whole steps."""
+        return max(round(images / self.batch_size), 1)
+
+    def _check_config(self) -> None:
+        meta = self.checkpoints.latest_meta()
+        if meta is not None:
+            fields = differing_fields(meta["config"], self.config.to_dict())
+            if fields:
+                raise UserError(
+                    f"{self.workdir} holds a run of another configuration, which differs in {'; '.join(fields)}: "
+                    "give the same configuration to go on, or another --workdir."
+                )
+        if self.main:
+            write_text(self.workdir / "config.json", to_json(self.config))
+
+    def _initial_state(self) -> TrainState:
+        """From the newest checkpoint, or fresh; replicated over the mesh."""
+        whole = replicated(self.mesh)
+        init = jax.jit(
+            lambda: init_state(self.experiment.network, self.experiment.spec, self.experiment.image_shape),
+            out_shardings=whole,
+            # Run once: LLVM's optimisations would take three times as long as they save.
+            compiler_options={"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None,
+        )
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), jax.eval_shape(init))
+        restored = self.checkpoints.restore(like)
+        if restored is None:
+            state = init()
+            if self.main:
+                clu.parameter_overview.log_parameter_overview(state.params, msg="Parameters")
+            return state
+        state, meta = restored
+        self.batches.set_state(meta["data"])
+        return state
+
+    def train(self) -> bool:
+        state = self._initial_state()
+        step = first_step = int(state.step)
+        writers = Writers(self.workdir, step, step * self.batch_size) if self.main else None
+        progress = Progress(self.total_steps * self.batch_size, step * self.batch_size, quiet=not self.main)
+        if step:
+            progress.say(f"Going on from step {step:,} ({step * self.batch_size:,} images).")
+        parallel = parallelise(
+            self.config.parallel,
+            lambda axis: make_train_step(self.experiment.network, self.experiment.family, self.experiment.spec, axis_name=axis),
+            self.mesh,
+        )  # fmt: skip
+        device_state = parallel.put_state(state)
+        del state
+        log_steps, sample_steps = self._steps(self.config.log.every_images), None
+        if self.config.samples.every_images:
+            sample_steps = self._steps(self.config.samples.every_images)
+        pending: collections.deque[Any] = collections.deque()
+        rows: list[dict[str, float]] = []
+        tick = time.monotonic()
+
+        def fetch(most: int) -> None:
+            """Wait for metrics until at most so many steps are in flight."""
+            while len(pending) > most:
+                row = {k: float(v) for k, v in jax.device_get(parallel.get_metrics(pending.popleft())).items()}
+                rows.append(row)
+                if row["bad_steps"] >= self.config.train.max_bad_steps:
+                    raise UserError(
+                        f"The gradients were not finite in {int(row['bad_steps'])} steps in a row, up to step "
+                        f"{step - len(pending)}: train.learning_rate ({self.config.train.learning_rate}) may be too "
+                        f"high; the newest checkpoint is of step {max(self.checkpoints.steps(), default=0)}."
+                    )
+
+        with _stop_signal() as stop, contextlib.ExitStack() as closing:
+            closing.callback(self.checkpoints.close)
+            closing.callback(self.batches.close)
+            closing.callback(progress.close)
+            if writers is not None:
+                closing.callback(writers.close)
+            while step < self.total_steps and not stop:
+                device_state, metrics = parallel.step(device_state, parallel.put_batch(next(self.batches)))
+                step += 1
+                nimg = step * self.batch_size
+                pending.append(metrics)
+                if step == first_step + 1:
+                    fetch(0)
+                    progress.say(f"First step done {time.monotonic() - self.began:.1f} s after the start.")
+                    tick = time.monotonic()  # compilation is not training speed
+                fetch(STEPS_IN_FLIGHT)
+                progress.advance(nimg)
+                last = step == self.total_steps
+                if step % log_steps == 0 or last or stop:
+                    fetch(0)
+                    now = time.monotonic()
+                    row = _summary(step, nimg, rows)
+                    counted = len(rows) - (1 if step - len(rows) == first_step else 0)
+                    row["img_per_s"] = counted * self.batch_size / max(now - tick, 1e-9)
+                    if writers is not None:
+                        writers.scalars(row)
+                    progress.report(row["loss"], row["img_per_s"])
+                    rows.clear()
+                    tick = now
+                if step % self.checkpoint_steps == 0 or last:
+                    fetch(0)
+                    self._save(step, parallel.get_state(device_state))
+                    tick = time.monotonic() if not rows else tick
+                if sample_steps and (step % sample_steps == 0 or last):
+                    began = time.monotonic()
+                    self._write_samples(parallel.get_state(device_state), nimg, writers)
+                    tick += time.monotonic() - began
+            if stop:
+                fetch(0)
+                self._save(step, parallel.get_state(device_state))
+            self.checkpoints.wait()
+            if writers is not None:
+                _write_curves(self.workdir, writers.rows)
+            if stop and step < self.total_steps:
+                progress.say(f"Stopped by {stop[0]} at step {step:,}, saved; the same command goes on from here.")
+        return step >= self.total_steps
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self.checkpoints.save(step, state, {"config": self.config.to_dict(), "data": self.batches.get_state()})
+
+    def _write_samples(self, state: TrainState, nimg: int, writers: Writers | None) -> None:
+        """A grid from the EMA with seeds 0, 1, ...; with classes, a class per column."""
+        samples, classes = self.config.samples, self.experiment.num_classes
+        columns = min(samples.columns, classes) if classes else samples.columns
+        seeds = np.arange(samples.rows * columns)
+        if self.generator is None:
+            generate = make_generate_fn(
+                self.experiment.network, self.experiment.family, self.experiment.image_shape, classes, steps=samples.steps
+            )  # fmt: skip
+            self.generator = BatchedGenerator(generate, self.mesh, len(seeds))
+        variables = {"params": state.ema, **state.constants}
+        images = np.concatenate([images for _, images in self.generator(variables, seeds, seeds % columns)])
+        if writers is None:
+            return
+        scale = max(1, 32 // self.experiment.image_shape[0])
+        grid = pictures.image_grid(images, columns, scale=scale)
+        (self.workdir / "samples").mkdir(exist_ok=True)
+        pictures.save_png(grid, self.workdir / "samples" / f"{nimg:012d}.png")
+        writers.image("samples", np.asarray(grid.convert("RGB")), nimg)
+
+
+def _summary(step: int, nimg: int, rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means of the steps since the last row; counts as sums; what is set by a schedule as it is now."""
+    row: dict[str, float] = {"step": step, "nimg": nimg}
+    for key, latest in rows[-1].items():
+        values = [r[key] for r in rows]
+        if key in ("loss", "grad_norm"):
+            row[key] = float(np.mean(values))
+        elif key == "bad_gradients":
+            row[key] = float(np.sum(values))
+        else:
+            row[key] = latest
+    return row
+
+
+def _write_curves(workdir: Path, rows: list[dict[str, Any]]) -> None:
+    """Loss and speed against images seen, for the eye."""
+    points = [(row["nimg"], row["loss"]) for row in rows if row.get("loss") is not None]
+    if len(points) > 1:
+        nimg, loss = zip(*points, strict=True)
+        pictures.curves_png(workdir / "curves.png", {"loss": (nimg, loss)}, "images seen", "loss", logy=True)
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """Make the workdir, and keep a second process from training in it; death of the process frees it."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
+    with file:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"Another process is training in {workdir}: stop it, or give another --workdir."
+                ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[list[str]]:
+    """A list that is empty until SIGTERM or Ctrl-C comes; a second one acts as usual."""
+    received: list[str] = []
+    before: dict[signal.Signals, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        received.append(signal.Signals(number).name)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    try:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            before[signum] = signal.signal(signum, note)
+    except ValueError:  # not the main thread (a notebook's worker, a test): signals are not ours to take
+        before.clear()
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

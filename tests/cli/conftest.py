@@ -1,0 +1,74 @@
+"""Running the program, here and as a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+
+from fdm_jax.cli.main import main
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return f"--config.data.data_dir={tmp_path_factory.mktemp('data')}"
+
+
+def checkpoint(workdir, step):
+    """All arrays of a checkpoint as {path: array}, and its JSON part."""
+    manager = ocp.CheckpointManager(
+        (workdir / "checkpoints").resolve(), item_names=("model", "train", "meta"),
+        options=ocp.CheckpointManagerOptions(read_only=True),
+    )  # fmt: skip
+    parts = manager.restore(step, args=ocp.args.Composite(
+        model=ocp.args.StandardRestore(), train=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()
+    ))  # fmt: skip
+    leaves = jax.tree_util.tree_leaves_with_path({"model": parts["model"], "train": parts["train"]})
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, parts["meta"]
+
+
+def rows(workdir):
+    """metrics.jsonl, without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "img_per_s"} for row in lines]
+
+
+def assert_same_end(a, b, step):
+    """Two runs ended with the same bits."""
+    (arrays_a, meta_a), (arrays_b, meta_b) = checkpoint(a, step), checkpoint(b, step)
+    assert arrays_a.keys() == arrays_b.keys() and len(arrays_a) > 50
+    for name, value in arrays_a.items():
+        np.testing.assert_array_equal(value, arrays_b[name], err_msg=name)
+    assert meta_a["data"] == meta_b["data"]
+
+
+@pytest.fixture(scope="session")
+def straight_run(tmp_path_factory, data_dir):
+    """20 steps without a stop, on the eight devices of this process."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    assert main(tiny.arguments(workdir, data_dir)) == 0
+    return workdir
+
+
+def environment(devices=1):
+    """For a process of its own with so many CPU devices, and the tests' compile cache."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def start(arguments, devices=1, **kwargs):
+    """The program as a process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fdm_jax", *arguments], env=environment(devices), cwd=tiny.ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
+    )  # fmt: skip

@@ -1,0 +1,113 @@
+"""What a user gets wrong is one sentence on stderr and exit code 2, before anything is compiled or lost."""
+
+import json
+import zipfile
+
+import pytest
+import tiny
+
+from fdm_jax.cli.main import main
+
+
+def refused(capsys, arguments, started=False):
+    """The sentence, after checking that the code is 2 and that nothing else was said, unless training had started."""
+    assert main(arguments) == 2
+    *before, sentence = capsys.readouterr().err.strip().splitlines()
+    assert sentence.startswith(f"fdm {arguments[0]}: ") and (started or not before)
+    return sentence
+
+
+@pytest.mark.parametrize(
+    "override,sentence",
+    [
+        ("--config.train.batchsize=8", "no configuration field 'train.batchsize': did you mean 'train.batch_size'"),
+        ("--config.train.batch_size=many", "train.batch_size must be a whole number, and is 'many'"),
+        ("--config.train.batch_size=20", "train.batch_size is 20, and must divide by 8 device(s)"),
+        ("--config.train.accumulation=4", "must divide by 8 device(s) times 4 round(s)"),
+        ("--config.train.batch_size=0", "train.batch_size must be 1 or more, and is 0"),
+        ("--config.network.preset=unet", "no network preset 'unet'"),
+        ("--config.network.model_channels=30", "model_channels = 30"),
+        ("--config.network.channel_mult=(1,2,2,2,2)", "resolution must be divisible by 16"),
+        ("--config.network.dtype=float16", "network.dtype is 'float16'"),
+        ("--config.data.source=digts", "did you mean 'digits'"),
+        ("--config.data.source=/nowhere/images.zip", "/nowhere/images.zip"),
+        ("--config.data.split=validation", "no split 'validation'"),
+        ("--config.data.resolution=16", "data.resolution is 16, but digits has 8"),
+        ("--config.parallel=pjit", "no parallel mode 'pjit'"),
+        ("--config.momentum.multiplier=-1", "momentum.multiplier must be 0 or more"),
+        ("--config.warmup_steps=-1", "warmup_steps must be 0 or more"),
+    ],
+)
+def test_bad_configuration(capsys, tmp_path, data_dir, override, sentence):
+    arguments = tiny.arguments(tmp_path / "run", data_dir, override)
+    if override.startswith("--config.data.source"):
+        arguments += ["--config.data.class_conditional=False"]
+    assert sentence in refused(capsys, arguments)
+    assert not list(tmp_path.rglob("checkpoints/[0-9]*"))
+
+
+def test_unknown_recipe_and_file(capsys, tmp_path):
+    for config, sentence in (
+        ("configs/edm.py:digit", "did you mean 'digits'"),
+        ("configs/edn.py:digits", "no configuration file"),
+    ):
+        assert sentence in refused(capsys, ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"])
+
+
+def test_unknown_argument_is_an_argparse_error(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main(tiny.arguments(tmp_path / "run", "--wrkdir=3"))
+    assert stopped.value.code == 2 and "--wrkdir=3" in capsys.readouterr().err
+
+
+def test_workdir_of_another_configuration_names_the_fields(capsys, straight_run, data_dir):
+    sentence = refused(capsys, tiny.arguments(straight_run, data_dir, "--config.warmup_steps=99", "--config.seed=4"))
+    assert "seed (0 there, 4 here)" in sentence and "warmup_steps (13 there, 99 here)" in sentence
+    assert json.loads((straight_run / "config.json").read_text())["seed"] == 0
+
+
+def test_workdir_that_cannot_be_written(capsys, tmp_path, data_dir):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(capsys, tiny.arguments(tmp_path / "file" / "run", data_dir))
+
+
+def test_workdir_in_use(capsys, tmp_path, data_dir):
+    from fdm_jax.training.loop import _locked
+
+    with _locked(tmp_path / "run"):
+        assert "Another process is training" in refused(capsys, tiny.arguments(tmp_path / "run", data_dir))
+
+
+def test_corrupt_zip_is_named(capsys, tmp_path):
+    (tmp_path / "images.zip").write_bytes(b"PK\x03\x04 not a zip")
+    arguments = tiny.arguments(tmp_path / "run", f"--config.data.source={tmp_path / 'images.zip'}")
+    assert "images.zip" in refused(capsys, arguments)
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    arguments = tiny.arguments(tmp_path / "run", f"--config.data.source={tmp_path / 'empty.zip'}")
+    assert "holds no image files" in refused(capsys, arguments)
+
+
+def test_full_disk_is_one_sentence(capsys, monkeypatch, tmp_path, data_dir):
+    """As TensorStore says it: in words, wrapped in errors of other types."""
+    from fdm_jax.training.checkpoints import Checkpoints
+
+    def full(*args):
+        try:
+            raise ValueError('INTERNAL: Error writing "ocdbt": [OS error 28: ENOSPC No space left on device]')
+        except ValueError as error:
+            raise RuntimeError("async save failed") from error
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    assert "The disk is full: nothing already saved is lost" in refused(
+        capsys, tiny.arguments(tmp_path / "run", data_dir), started=True
+    )
+
+
+def test_gradients_that_stay_bad_end_the_run(capsys, tmp_path, data_dir):
+    arguments = tiny.arguments(
+        tmp_path / "run", data_dir, "--config.train.learning_rate=1e30", "--config.train.max_bad_steps=3",
+        "--config.train.lr_rampup_images=0",
+    )  # fmt: skip
+    sentence = refused(capsys, arguments, started=True)
+    assert "not finite in 3 steps in a row" in sentence and "train.learning_rate" in sentence

@@ -1,0 +1,104 @@
+"""Images from a run: by seed, in one grid or one npz, resumed, refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fdm_jax.cli.generate import parse_seeds
+from fdm_jax.cli.main import main
+from fdm_jax.errors import UserError
+
+
+def generate(workdir, out, *more):
+    return main(["generate", f"--workdir={workdir}", f"--out={out}", "--steps=3", *more])
+
+
+@pytest.fixture(scope="module")
+def folder(straight_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("generate") / "images"
+    assert generate(straight_run, out, "--seeds=0-10", "--batch=8") == 0
+    return out
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_a_png_per_seed(folder):
+    assert sorted(p.name for p in folder.glob("*.png")) == [f"{seed:06d}.png" for seed in range(11)]
+    assert pixels(folder / "000003.png").shape == (8, 8)
+
+
+def test_a_seed_gives_its_image_in_any_company(folder, straight_run, tmp_path):
+    assert generate(straight_run, tmp_path / "few", "--seeds=9,2", "--batch=8") == 0
+    for seed in (2, 9):  # another batch of the same shape: the same bits
+        np.testing.assert_array_equal(pixels(tmp_path / "few" / f"{seed:06d}.png"), pixels(folder / f"{seed:06d}.png"))
+    assert generate(straight_run, tmp_path / "all", "--seeds=0-10", "--batch=16") == 0
+    for seed in range(11):  # another shape: the same up to rounding to 8 bits
+        difference = pixels(tmp_path / "all" / f"{seed:06d}.png").astype(int) - pixels(folder / f"{seed:06d}.png")
+        assert np.abs(difference).max() <= 1
+
+
+def test_npz_holds_the_same_images_with_labels(folder, straight_run, tmp_path):
+    assert generate(straight_run, tmp_path / "images.npz", "--seeds=0-10", "--batch=8") == 0
+    data = np.load(tmp_path / "images.npz")
+    assert data["image"].shape == (11, 8, 8, 1) and data["image"].dtype == np.uint8
+    np.testing.assert_array_equal(data["seed"], np.arange(11))
+    assert data["label"].min() >= 0 and data["label"].max() < 10 and len(set(data["label"])) > 3
+    for seed in range(11):
+        np.testing.assert_array_equal(data["image"][seed, ..., 0], pixels(folder / f"{seed:06d}.png"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "images.npz"]
+
+
+def test_grid_and_class(straight_run, tmp_path):
+    assert generate(straight_run, tmp_path / "grid.png", "--seeds=0-5", "--class=3", "--columns=3", "--batch=8") == 0
+    height, width = pixels(tmp_path / "grid.png").shape[:2]
+    assert width > height > 60
+
+
+def test_it_goes_on_where_it_was(folder, straight_run):
+    kept = (folder / "000000.png").stat().st_mtime_ns
+    (folder / "000010.png").unlink()
+    assert generate(straight_run, folder, "--seeds=0-11", "--batch=8") == 0
+    assert (folder / "000000.png").stat().st_mtime_ns == kept
+    assert (folder / "000010.png").exists() and (folder / "000011.png").exists()
+    assert "steps" in json.loads((folder / "settings.json").read_text())
+
+
+def test_other_settings_are_not_mixed_into_a_folder(folder, straight_run, capsys):
+    assert generate(straight_run, folder, "--class=1") == 2
+    assert "made with another class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [
+        (["--seeds=5-1"], "The range of seeds '5-1' falls"),
+        (["--seeds=1,x"], "cannot be read at 'x'"),
+        (["--seeds="], "cannot be read at ''"),
+        (["--seeds=-4"], "cannot be read at '-4'"),
+        (["--seeds=4294967296"], "go up to 4294967295"),
+        (["--seeds=1,0-3"], "name one seed twice"),
+        (["--class=10"], "--class must be from 0 to 9, and is 10"),
+        (["--checkpoint=7"], "no checkpoint of step 7: choose one of 8, 12, 16, 20"),
+        (["--batch=0"], "--batch must be 1 or more"),
+    ],
+)
+def test_bad_arguments(straight_run, tmp_path, capsys, arguments, sentence):
+    assert generate(straight_run, tmp_path / "out", *arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_bad_places(straight_run, tmp_path, capsys):
+    assert generate(tmp_path, tmp_path / "out") == 2
+    assert "is not the workdir of a run" in capsys.readouterr().err
+    assert generate(straight_run, tmp_path / "out.gif") == 2
+    assert "must be a folder or end in .png or .npz" in capsys.readouterr().err
+
+
+def test_parse_seeds():
+    np.testing.assert_array_equal(parse_seeds("0-3, 7"), [0, 1, 2, 3, 7])
+    with pytest.raises(UserError):
+        parse_seeds("0-99999999999")

@@ -1,0 +1,120 @@
+"""A run that is stopped, killed or damaged and started again equals one that was not, bit for bit."""
+
+import signal
+import time
+
+import numpy as np
+import tiny
+from cli.conftest import assert_same_end, checkpoint, rows, start
+
+from fdm_jax.cli.main import main
+
+
+def test_resumed_run_equals_uninterrupted_run(straight_run, data_dir, tmp_path):
+    """Stopped at steps 3 and 12 of 20, in the middle of an epoch and of the warm-up."""
+    for images in (48, 192, 320):
+        assert main(tiny.arguments(tmp_path / "run", data_dir, f"--config.train.images={images}")) == 0
+    assert_same_end(tmp_path / "run", straight_run, 20)
+    # Rows are means since the last one, so those at steps that both wrote after a full interval agree.
+    straight = {row["step"]: row for row in rows(straight_run)}
+    resumed = {row["step"]: row for row in rows(tmp_path / "run")}
+    for step in (12, 16, 20):
+        assert resumed[step] == straight[step]
+
+
+def test_configuration_and_checkpoints_are_kept(straight_run):
+    import json
+
+    config = json.loads((straight_run / "config.json").read_text())
+    assert config["train"]["batch_size"] == 16 and config["data"]["num_classes"] == 10
+    steps = sorted(int(p.name) for p in (straight_run / "checkpoints").iterdir() if p.name.isdigit())
+    assert steps == [8, 12, 16, 20]  # the latest three, and every 128 images (8 steps)
+    arrays, meta = checkpoint(straight_run, 20)
+    assert meta["config"] == config and meta["data"]["batches"] == 20
+    assert int(arrays["['train']['step']"]) == 20
+    # The average lags behind the parameters, and neither was written over by a later step.
+    kernel = "['map_layer0']['kernel']"
+    assert np.abs(arrays["['model']['ema']" + kernel] - arrays["['train']['params']" + kernel]).max() > 1e-5
+    earlier, _ = checkpoint(straight_run, 16)
+    assert np.abs(earlier["['train']['params']" + kernel] - arrays["['train']['params']" + kernel]).max() > 1e-5
+
+
+def test_checkpoints_hold_the_state_of_their_step(straight_run, data_dir, tmp_path):
+    """A save is still being written while later steps overwrite donated buffers: it must hold its own step's bits."""
+    assert main(tiny.arguments(tmp_path / "run", data_dir, "--config.train.images=128")) == 0
+    assert_same_end(tmp_path / "run", straight_run, 8)
+
+
+def test_another_number_of_devices_continues_the_run(straight_run, data_dir, tmp_path):
+    """12 steps on eight devices, the rest on one: the same curve up to rounding."""
+    assert main(tiny.arguments(tmp_path / "run", data_dir, "--config.train.images=192")) == 0
+    process = start(tiny.arguments(tmp_path / "run", data_dir), devices=1)
+    assert process.wait(240) == 0, process.stdout.read()
+    straight, resumed = rows(straight_run), rows(tmp_path / "run")
+    assert [r["step"] for r in resumed] == [r["step"] for r in straight]
+    np.testing.assert_allclose([r["loss"] for r in resumed], [r["loss"] for r in straight], rtol=1e-4)
+
+
+def wait_for(condition, process, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_kill_in_the_middle_of_saves_loses_nothing(straight_run, data_dir, tmp_path):
+    """kill -9 while a checkpoint is half written, three times; then the run goes on to the same bits."""
+    workdir = tmp_path / "run"
+    often = "--config.checkpoint.every_images=16"
+    for _ in range(3):
+        process = start(tiny.arguments(workdir, data_dir, often), devices=8)
+        before = {p.name for p in (workdir / "checkpoints").glob("[0-9]*")} if workdir.exists() else set()
+        wait_for(
+            lambda before=before: (
+                any("tmp" in p.name and p.name not in before for p in (workdir / "checkpoints").glob("*"))
+                and len({p.name for p in (workdir / "checkpoints").glob("[0-9]*") if p.name.isdigit()} - before) > 0
+            ),
+            process,
+        )
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert any("tmp" in p.name for p in (workdir / "checkpoints").iterdir())
+    process = start(tiny.arguments(workdir, data_dir), devices=8)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert "Going on from step" in out
+    assert_same_end(workdir, straight_run, 20)
+    assert not any("tmp" in p.name for p in (workdir / "checkpoints").iterdir())
+    steps = [row["step"] for row in rows(workdir)]
+    assert steps == sorted(set(steps))  # rows written before a kill are not there twice
+
+
+def test_sigterm_saves_and_exits_with_0(straight_run, data_dir, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(tiny.arguments(workdir, data_dir, "--config.train.images=160000"), devices=8)
+    wait_for(
+        lambda: (workdir / "metrics.jsonl").exists() and len((workdir / "metrics.jsonl").read_text()) > 10, process
+    )
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert "Stopped by SIGTERM at step" in out
+    saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert f"step {saved:,}, saved" in out
+    assert main(tiny.arguments(workdir, data_dir, f"--config.train.images={16 * (saved + 3)}")) == 0
+    assert rows(workdir)[-1]["step"] == saved + 3
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(straight_run, data_dir, tmp_path, caplog):
+    workdir = tmp_path / "run"
+    assert main(tiny.arguments(workdir, data_dir, "--config.train.images=256")) == 0
+    files = [p for p in (workdir / "checkpoints" / "16").rglob("*") if p.is_file() and p.stat().st_size > 4]
+    for path in files:
+        if "train" in path.parts:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert main(tiny.arguments(workdir, data_dir)) == 0
+    assert "checkpoint of step 16 is damaged" in caplog.text
+    assert (workdir / "checkpoints" / "damaged" / "16").is_dir()
+    assert_same_end(workdir, straight_run, 20)

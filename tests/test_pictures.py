@@ -1,0 +1,93 @@
+"""Geometry of grids, files that are whole or absent."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fdm_jax.errors import UserError
+from fdm_jax.pictures import curves_png, image_grid, save_png
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_grid_puts_each_image_where_it_belongs(channels, mode):
+    images = np.random.default_rng(0).integers(1, 256, (5, 4, 6, channels), dtype=np.uint8)
+    grid = image_grid(images, 3, scale=2, gap=1)
+    assert grid.mode == mode
+    assert grid.size == (2 * (3 * 7 + 1), 2 * (2 * 5 + 1))
+    pixels = np.array(grid).reshape(22, 44, channels)
+    # Nearest neighbour: every 2x2 block has one value.
+    small = pixels[::2, ::2]
+    np.testing.assert_array_equal(np.kron(small, np.ones((2, 2, 1), np.uint8)), pixels)
+    for i, (top, left) in enumerate([(1, 1), (1, 8), (1, 15), (6, 1), (6, 8)]):
+        np.testing.assert_array_equal(small[top : top + 4, left : left + 6], images[i])
+        small[top : top + 4, left : left + 6] = 0
+    assert not small.any()  # gaps and the empty place
+
+
+def test_grid_without_gap_is_the_images_side_by_side():
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 3, 1), dtype=np.uint8)
+    expected = np.block([[images[0, ..., 0], images[1, ..., 0]], [images[2, ..., 0], images[3, ..., 0]]])
+    np.testing.assert_array_equal(np.asarray(image_grid(images, 2, gap=0)), expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 1), (5, 4, 3)])
+def test_saved_arrays_read_back(tmp_path, shape):
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    save_png(image, str(tmp_path / "a.png"))
+    with Image.open(tmp_path / "a.png") as back:
+        assert back.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(back).reshape(shape), image)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+class Broken(Image.Image):
+    def save(self, file, format=None, **params):
+        file.write(b"half of a picture")
+        raise OSError(28, "No space left on device")
+
+
+def test_a_failed_save_leaves_the_old_picture_and_nothing_else(tmp_path):
+    path = tmp_path / "a.png"
+    save_png(np.zeros((2, 2, 1), np.uint8), path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="a.png cannot be written: No space left on device"):
+        save_png(Broken(), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_new_picture_takes_the_place_of_the_old(tmp_path):
+    path = tmp_path / "a.png"
+    for value in (0, 7):
+        save_png(Image.new("L", (3, 2), value), path)
+    with Image.open(path) as back:
+        assert back.size == (3, 2) and back.getpixel((0, 0)) == 7
+
+
+def test_curves_are_a_png_drawn_without_pyplot(tmp_path):
+    pyplot_before = "matplotlib.pyplot" in sys.modules
+    path = tmp_path / "curves.png"
+    x = np.arange(1, 50)
+    curves_png(path, {"FDM": (x, 1 / x), "plain": (list(x), list(2 / x))}, "images seen", "loss", logy=True)
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(2**20)) > 10
+    assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+    assert ("matplotlib.pyplot" in sys.modules) == pyplot_before
+
+
+def test_mistakes_are_sentences(tmp_path):
+    images = np.zeros((4, 2, 2, 1), np.uint8)
+    with pytest.raises(UserError, match="these are 0, 1 and 1"):
+        image_grid(images, 0)
+    with pytest.raises(UserError, match=r"\[0, 2, 2, 1\]"):
+        image_grid(images[:0], 2)
+    with pytest.raises(UserError, match="float32"):
+        image_grid(images.astype(np.float32), 2)
+    with pytest.raises(UserError, match=r"\[2, 2, 2\]"):
+        save_png(np.zeros((2, 2, 2), np.uint8), tmp_path / "a.png")
+    with pytest.raises(UserError, match="No such file or directory"):
+        save_png(images[0], tmp_path / "nowhere" / "a.png")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,200 @@
+"""The train step: the original's 20 steps, schedules, sanitising, accumulation, devices, pmap."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import nhwc
+
+from fdm_jax.errors import UserError
+from fdm_jax.families import EDM
+from fdm_jax.interop.state_dict import from_torch
+from fdm_jax.momentum import Momentum
+from fdm_jax.networks import SongUNet
+from fdm_jax.training.parallel import make_mesh, parallelise
+from fdm_jax.training.schedules import ema_beta, learning_rate
+from fdm_jax.training.step import Draws, TrainSpec, TrainState, draw_for_examples, init_state, make_train_step, sanitise
+
+FAMILY = EDM(momentum=Momentum(multiplier=2.0))
+
+
+def test_golden_schedules(golden):
+    data = golden("train20")
+    nimg = data["sched/nimg"]
+    np.testing.assert_allclose(learning_rate(nimg, 1.0, 1e7), data["sched/lr_factor_ramp10Mimg"], rtol=1e-6)
+    np.testing.assert_allclose(learning_rate(nimg, 1.0, 0), data["sched/lr_factor_ramp0"], rtol=1e-6)
+    for batch in (256, 512):
+        for ratio, name in ((0.05, "ramp0.05"), (None, "noramp")):
+            beta = ema_beta(jnp.asarray(nimg), batch, 500_000, ratio)
+            np.testing.assert_allclose(beta, data[f"sched/ema_beta_b{batch}_half500_{name}"], rtol=2e-6, atol=1e-30)
+
+
+def test_golden_sanitising(golden):
+    data = golden("train20")
+    clean, count = sanitise({"a": jnp.asarray(data["nan_to_num/in"]), "b": jnp.ones(3)})
+    np.testing.assert_array_equal(clean["a"], data["nan_to_num/out"])
+    assert int(count) == np.sum(~np.isfinite(data["nan_to_num/in"]))
+
+
+def test_golden_twenty_steps(golden):
+    """The original's training loop: losses, rate, clamp, gradient norm, and the average at the end."""
+    data = golden("train20")
+    network = SongUNet(8, 1, 10, 0, "ddpmpp", 16, (1, 2), num_blocks=1, attn_resolutions=(16,), dropout=0.0)
+    spec = TrainSpec(
+        batch_size=8, learning_rate=1e-2, lr_rampup_images=100, ema_halflife_images=500, warmup_steps=12, num_classes=10
+    )
+    params = jax.tree.map(
+        jnp.asarray, from_torch({key[5:]: data[key] for key in data if key.startswith("init/")})["params"]
+    )
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, init_state(network, spec, (8, 8, 1)).params)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        constants={},
+        ema=params,
+        opt_state=spec.optimizer().init(params),
+        bad_steps=jnp.zeros((), jnp.int32),
+    )
+    keys = jax.random.split(jax.random.key(0), 8)
+    train_step = jax.jit(
+        make_train_step(
+            network, FAMILY, spec, draw_fn=lambda step, batch: Draws(batch["rnd_normal"], batch["noise"], keys, keys)
+        )
+    )
+    losses = []
+    for step in range(20):
+        batch = {
+            "image": nhwc(data["images"][step]),
+            "label": data["labels"][step].argmax(-1),
+            "rnd_normal": data["rnd_normal"][step].ravel(),
+            "noise": nhwc(data["noise"][step]),
+        }
+        state, metrics = train_step(state, batch)
+        losses.append(float(metrics["loss"]))
+        assert float(metrics["learning_rate"]) == pytest.approx(data["lr"][step], rel=1e-5)
+        assert float(metrics["clamp"]) == pytest.approx(data["clamp_cur"][step], rel=1e-5) or step >= 12
+        # Adam divides by the root of the second moment, so a rounding grows over the steps.
+        assert float(metrics["grad_norm"]) == pytest.approx(data["grad_norm"][step], rel=1e-4)
+    np.testing.assert_allclose(losses, data["loss_sum"] / 8, rtol=1e-5)
+    for part, ours in (("final_ema", state.ema), ("final_net", state.params)):
+        expected = from_torch({key.removeprefix(part + "/"): data[key] for key in data if key.startswith(part + "/")})
+        for path, value in jax.tree_util.tree_leaves_with_path(expected["params"]):
+            leaf = ours
+            for key in path:
+                leaf = leaf[key.key]
+            value, leaf = np.array(value), np.array(leaf)
+            if path[-2].key == "qkv" and path[-1].key == "bias":  # the key part has gradient zero: its Adam is noise
+                third = len(value) // 3
+                value[third : 2 * third] = leaf[third : 2 * third] = 0
+            np.testing.assert_allclose(leaf, value, atol=1e-4, err_msg=f"{part} {jax.tree_util.keystr(path)}")
+
+
+# A network as small as it gets, for everything that is about the step and not about the network.
+NETWORK = SongUNet(8, 1, 3, 9, "ddpmpp", 4, (1,), num_blocks=1, attn_resolutions=(), dropout=0.2, channel_mult_emb=1)
+SPEC = TrainSpec(
+    batch_size=16,
+    learning_rate=1e-2,
+    lr_rampup_images=0,
+    ema_halflife_images=64,
+    warmup_steps=3,
+    num_classes=3,
+    augment_probability=0.3,
+    seed=5,
+)
+
+
+def batch_at(step):
+    rng = np.random.default_rng(step)
+    return {
+        "image": rng.integers(0, 256, (16, 8, 8, 1), dtype=np.uint8),
+        "label": rng.integers(0, 3, 16, dtype=np.int32),
+        "index": np.arange(16, dtype=np.int32),
+    }
+
+
+def run(mode="jit", devices=1, steps=3, **fields):
+    spec = dataclasses.replace(SPEC, **fields)
+    mesh = make_mesh(jax.devices()[:devices])
+    parallel = parallelise(mode, lambda axis: make_train_step(NETWORK, FAMILY, spec, axis_name=axis), mesh)
+    state = parallel.put_state(jax.jit(lambda: init_state(NETWORK, spec, (8, 8, 1)))())
+    losses = []
+    for step in range(steps):
+        state, metrics = parallel.step(state, parallel.put_batch(batch_at(step)))
+        losses.append(float(parallel.get_metrics(metrics)["loss"]))
+    return np.asarray(losses), parallel.get_state(state)
+
+
+@pytest.fixture(scope="module")
+def reference_run():
+    return run()
+
+
+def assert_same_run(run, reference, rtol=2e-5):
+    np.testing.assert_allclose(run[0], reference[0], rtol=rtol)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), run[1].params, reference[1].params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), run[1].ema, reference[1].ema)
+
+
+def test_jit_over_eight_devices_equals_one(reference_run):
+    assert len(jax.devices()) >= 8
+    assert_same_run(run(devices=8), reference_run)
+
+
+def test_pmap_over_eight_devices_equals_jit(reference_run):
+    assert_same_run(run("pmap", devices=8), reference_run)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_accumulation_changes_nothing_but_rounding(reference_run, devices):
+    assert_same_run(run(devices=devices, accumulation=4), reference_run)
+
+
+def test_draws_differ_between_examples_steps_and_seeds():
+    index = jnp.arange(4)
+    a = draw_for_examples(FAMILY, 0, jnp.asarray(3), index, (8, 8, 1))
+    others = [
+        draw_for_examples(FAMILY, 0, jnp.asarray(4), index, (8, 8, 1)),
+        draw_for_examples(FAMILY, 1, jnp.asarray(3), index, (8, 8, 1)),
+        draw_for_examples(FAMILY, 0, jnp.asarray(3), index + 4, (8, 8, 1)),
+    ]
+    assert len({float(s) for s in a.sigma}) == 4
+    assert not any(np.isin(a.noise, other.noise).any() for other in others)
+    part = draw_for_examples(FAMILY, 0, jnp.asarray(3), index[2:], (8, 8, 1))
+    np.testing.assert_array_equal(part.noise, a.noise[2:])
+
+
+def test_the_average_starts_at_the_parameters():
+    state = jax.jit(lambda: init_state(NETWORK, SPEC, (8, 8, 1)))()
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema)
+    assert all(
+        p.unsafe_buffer_pointer() != e.unsafe_buffer_pointer()
+        for p, e in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.ema), strict=True)
+    )
+
+
+def test_bad_gradients_are_counted_and_do_not_spread():
+    step = jax.jit(make_train_step(NETWORK, FAMILY, dataclasses.replace(SPEC, augment_probability=0.0)))
+    state = jax.jit(lambda: init_state(NETWORK, SPEC, (8, 8, 1)))()
+    batch = batch_at(0) | {"image": np.full((16, 8, 8, 1), np.nan, np.float32)}
+    for expected in (1, 2):
+        state, metrics = step(state, batch)
+        assert int(metrics["bad_gradients"]) > 0 and int(metrics["bad_steps"]) == expected
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    batch["image"] = np.zeros_like(batch["image"])
+    state, metrics = step(state, batch)
+    assert int(metrics["bad_gradients"]) == 0 and int(state.bad_steps) == 0
+
+
+def test_optimiser_is_adam_with_the_rate_of_the_images_seen(reference_run):
+    state = reference_run[1]
+    counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
+    assert [int(count) for _, count in counts] == [3, 3]  # of the moments, and of the rate
+    assert isinstance(state.opt_state[0], optax.ScaleByAdamState)
+
+
+def test_unknown_mode():
+    with pytest.raises(UserError, match="no parallel mode 'pjit'"):
+        parallelise("pjit", lambda axis: None, make_mesh())

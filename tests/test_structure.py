@@ -1,0 +1,52 @@
+"""The core stays pure: it imports nothing of the shell, and nothing that reads, writes, logs or parses."""
+
+import ast
+import pathlib
+
+import fdm_jax
+
+ROOT = pathlib.Path(fdm_jax.__file__).parent
+CORE = [
+    *(ROOT / f"{name}.py" for name in ("errors", "momentum", "families", "denoiser", "objective", "augment")),
+    *(ROOT / "networks").glob("*.py"),
+    *(ROOT / "sampling").glob("*.py"),
+    *(ROOT / "training" / f"{name}.py" for name in ("schedules", "step")),
+]
+CORE_MODULES = ("errors", "momentum", "families", "denoiser", "objective", "augment", "networks", "sampling")
+ALLOWED = {
+    "__future__", "abc", "collections", "dataclasses", "difflib", "functools", "itertools", "math", "typing",
+    "flax", "jax", "numpy", "optax",
+}  # fmt: skip
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_core_imports_core_only():
+    assert len(CORE) > 15
+    for path in CORE:
+        for name in imports(path):
+            top, *rest = name.split(".")
+            if top == "fdm_jax":
+                inside = not rest or rest[0] in CORE_MODULES or name in (
+                    "fdm_jax.training.step", "fdm_jax.training.schedules",
+                )  # fmt: skip
+                assert inside, f"{path.name} imports {name}"
+            else:
+                assert top in ALLOWED, f"{path.name} imports {name}"
+
+
+def test_tensorflow_is_imported_nowhere():
+    for path in ROOT.rglob("*.py"):
+        assert not any(name.split(".")[0] == "tensorflow" for name in imports(path)), path
+
+
+def test_one_module_reads_the_configuration():
+    """Elsewhere a ConfigDict is handed on; fields are read by experiment, and by the loop for what it reports."""
+    readers = {path.name for path in ROOT.rglob("*.py") if "ml_collections" in set(imports(path))}
+    assert readers <= {"experiment.py", "defaults.py", "config.py"}
