@@ -33,7 +33,7 @@ def golden():
 
 
 # The public name since jax 0.8; before, an experimental one.
-enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 
 def nhwc(array):

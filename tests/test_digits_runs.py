@@ -66,7 +66,8 @@ def measured(workdir: pathlib.Path, judge: DigitJudge) -> tuple[list[float], flo
             network = lambda x, c_noise: experiment.network.apply(variables, x, c_noise, one_hot)  # noqa: E731
             return make_denoise_fn(experiment.family, network)(x, sigma)
 
-        errors.append(held_out_error(denoise, images / np.float32(127.5) - 1, labels))
+        # 64 noise levels an image, not the original's 4: one draw of 4 moves the figure by 1 % (VP-FDM's by 1.7 %).
+        errors.append(held_out_error(denoise, images / np.float32(127.5) - 1, labels, levels=64, batch_size=1024))
     labels = np.arange(1000) % 10
     generate = make_generate_fn(experiment.network, experiment.family, (8, 8, 1), 10, steps=18)
     parts = BatchedGenerator(generate, make_mesh(jax.devices()[:1]), 250)(variables, np.arange(1000), labels)

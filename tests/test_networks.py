@@ -202,7 +202,7 @@ def test_parameter_counts(preset, mult, resolution, labels, count):
 
 def test_initialisation_is_nearly_zero_and_of_the_right_spread(tiny_network):
     network, variables = tiny_network
-    y = network.apply(variables, jnp.ones((2, 8, 8, 1)), jnp.zeros(2))
+    y = jax.jit(network.apply)(variables, jnp.ones((2, 8, 8, 1)), jnp.zeros(2))
     assert float(jnp.abs(y).max()) < 1e-3
     kernel = variables["params"]["map_layer1"]["kernel"]
     assert float(kernel.std()) == pytest.approx((2 / sum(kernel.shape)) ** 0.5, rel=0.1)
@@ -232,8 +232,8 @@ def test_bfloat16_computes_close_to_float32(tiny_network):
     network, variables = tiny_network
     params = jax.tree.map(lambda p: p + 0.05, variables)
     x = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
-    full = network.apply(params, x, jnp.ones(2))
-    half = network.clone(dtype=jnp.bfloat16).apply(params, x, jnp.ones(2))
+    full = jax.jit(network.apply)(params, x, jnp.ones(2))
+    half = jax.jit(network.clone(dtype=jnp.bfloat16).apply)(params, x, jnp.ones(2))
     assert half.dtype == jnp.bfloat16
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
     np.testing.assert_allclose(half.astype(np.float32), full, atol=0.05 * float(jnp.abs(full).max()))

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax.training.loop import train
     from fdm_jax.training.parallel import make_mesh
 
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.FATAL)
     config = load(args)
     source = open_data(config)
     experiment = Experiment.from_config(config, source.spec)

@@ -88,4 +88,9 @@ def disk_full(error: BaseException | None) -> bool:
 
 def entry_point() -> None:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        # The sentence is said: exit handlers of libraries would only repeat its cause in a page of their own.
+        os._exit(code)

@@ -50,6 +50,6 @@ def run(args: argparse.Namespace) -> int:
         experiment.check_devices(jax.device_count())
         print(to_json(config), end="")
         return 0
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
     train(experiment, source, args.workdir)
     return 0

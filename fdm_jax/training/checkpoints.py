@@ -8,6 +8,7 @@ devices or processes.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 import flax.serialization
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 
 from fdm_jax.errors import UserError
 from fdm_jax.training.step import TrainState
+
+log = logging.getLogger(__name__)
 
 _MODEL = ("ema", "constants")
 
@@ -91,7 +93,7 @@ class Checkpoints:
             try:
                 return self.meta(step)
             except Exception as error:  # Orbax, TensorStore and JSON each have their own
-                logging.warning("The checkpoint of step %d cannot be read: %s", step, error)
+                log.warning("The checkpoint of step %d cannot be read: %s", step, error)
         return None
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -149,7 +151,7 @@ class Checkpoints:
                 model = parts["model"]
                 return candidate, {"params": model["ema"], **(model.get("constants") or {})}, parts["meta"]
             except Exception as error:
-                logging.warning("The checkpoint of step %d cannot be read: %s", candidate, error)
+                log.warning("The checkpoint of step %d cannot be read: %s", candidate, error)
         raise UserError(f"No checkpoint in {self._directory} can be read.")
 
     @staticmethod
@@ -164,7 +166,7 @@ class Checkpoints:
 
     def _set_aside(self, step: int, error: Exception) -> None:
         reason = " ".join(str(error).split())[:200]
-        logging.warning("The checkpoint of step %d is damaged (%s); going back to the one before.", step, reason)
+        log.warning("The checkpoint of step %d is damaged (%s); going back to the one before.", step, reason)
         if self._read_only:
             return
         if jax.process_index() == 0:

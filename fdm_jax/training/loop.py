@@ -34,7 +34,7 @@ STEPS_IN_FLIGHT = 4
 def train(experiment: Experiment, source: Source, workdir: Path) -> bool:
     """Train, or go on training, in a workdir.
 
-    Writes ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``samples/*.png`` and
+    Writes ``config.json``, ``parameters.txt``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``samples/*.png`` and
     ``curves.png``.  The same call again continues the run from its newest checkpoint, bit for bit.
 
     Args:
@@ -112,7 +112,10 @@ class _Run:
         if restored is None:
             state = init()
             if self.main:
-                clu.parameter_overview.log_parameter_overview(state.params, msg="Parameters")
+                overview = clu.parameter_overview.get_parameter_overview(state.params, include_stats=False)
+                write_text(self.workdir / "parameters.txt", overview + "\n")
+                count = clu.parameter_overview.count_parameters(state.params)
+                print(f"Parameters: {count:,}, listed in {self.workdir / 'parameters.txt'}.", flush=True)
             return state
         state, meta = restored
         self.batches.set_state(meta["data"])

@@ -1,0 +1,233 @@
+"""What a run costs, without running it: floating-point operations and memory, from shapes alone.
+
+Only convolutions and matrix products are counted: they are all but a few per cent of the operations of a U-Net,
+and what the peak rate of an accelerator is quoted for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+# Float32 copies of the parameters that a train step holds at once: the parameters themselves, their average,
+# Adam's two moments, and the gradients.
+STATE_COPIES = 5
+
+# The backward pass takes every product twice: for the gradient of its input and for that of its weights.
+TRAIN_PASSES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """One device as JAX counts them, with its vendor's figures.
+
+    Attributes:
+      title: name for people.
+      bfloat16_tflops: 10^12 operations per second at the peak, in dense matrix products of bfloat16 values; on a
+        device without units for them, the rate of float32, which XLA then computes in.
+      float32_tflops: the same for what JAX does by default with float32 values: TF32 on NVIDIA devices that have
+        it, one pass of bfloat16 on TPUs.
+      memory_gib: 2^30 bytes.
+    """
+
+    title: str
+    bfloat16_tflops: float
+    float32_tflops: float
+    memory_gib: float
+
+    def peak_tflops(self, dtype: Any) -> float:
+        """Of a compute type, float32 or bfloat16."""
+        return self.bfloat16_tflops if jnp.dtype(dtype) == jnp.bfloat16 else self.float32_tflops
+
+
+ACCELERATORS: dict[str, Accelerator] = {
+    # The T4's 65 and the V100's 125 TFLOP/s are of float16, which loses FDM's input at high noise.
+    "t4": Accelerator("NVIDIA T4", 8.1, 8.1, 16),
+    "v100": Accelerator("NVIDIA V100 32GB", 15.7, 15.7, 32),
+    "l4": Accelerator("NVIDIA L4", 121, 60, 24),
+    "rtx4090": Accelerator("NVIDIA RTX 4090", 165, 82.6, 24),
+    "a100": Accelerator("NVIDIA A100 80GB", 312, 156, 80),
+    "a100-40": Accelerator("NVIDIA A100 40GB", 312, 156, 40),
+    "h100": Accelerator("NVIDIA H100 SXM", 989, 494, 80),
+    "h200": Accelerator("NVIDIA H200", 989, 494, 141),
+    "tpu-v3": Accelerator("TPU v3 core", 61.5, 61.5, 16),  # two to a chip, and JAX counts cores
+    "tpu-v4": Accelerator("TPU v4", 275, 275, 32),
+    "tpu-v5e": Accelerator("TPU v5e", 197, 197, 16),
+    "tpu-v5p": Accelerator("TPU v5p", 459, 459, 95),
+    "tpu-v6e": Accelerator("TPU v6e", 918, 918, 32),
+}
+
+
+def count_flops(fn: Callable[..., Any], *args: Any) -> int:
+    """2 x multiply-adds of all convolutions and matrix products in ``fn(*args)``, which is traced and not run.
+
+    Zeros of a convolution's padding count like pixels.  A scan counts once per iteration, a conditional as its
+    dearest branch.
+
+    Args:
+      args: arrays, or ``jax.ShapeDtypeStruct``s in their place.
+
+    Raises:
+      ValueError: there is a product in a ``while`` loop, whose number of iterations nobody knows beforehand.
+    """
+    return _jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _jaxpr_flops(jaxpr: Jaxpr) -> int:
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation: JaxprEqn) -> int:
+    name, params = equation.primitive.name, equation.params
+    outputs = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        lhs = equation.invars[0].aval.shape
+        return 2 * outputs * math.prod(lhs[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        return 2 * outputs * math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+    if name == "cond":
+        return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
+    # Calls of every kind (jit, scan, custom derivatives, checkpoints) hold their bodies among their parameters.
+    inner = sum(
+        _jaxpr_flops(leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf)
+        for leaf in jax.tree.leaves(list(params.values()), is_leaf=lambda leaf: isinstance(leaf, ClosedJaxpr | Jaxpr))
+        if isinstance(leaf, ClosedJaxpr | Jaxpr)
+    )
+    if name == "while" and inner:
+        raise ValueError("The operations in a while loop cannot be counted without running it.")
+    return inner * params["length"] if name == "scan" else inner
+
+
+def _inputs(network: nn.Module, image_shape: tuple[int, ...], batch: int) -> tuple[Any, ...]:
+    """Shapes of variables, x, c_noise, class labels and augmentation labels of a batch."""
+
+    def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    variables = jax.eval_shape(network.init, jax.random.key(0), shape(1, *image_shape), shape(1))
+    labels = [shape(batch, width) if width else None for width in (network.label_dim, network.augment_dim)]
+    return variables, shape(batch, *image_shape), shape(batch), *labels
+
+
+def parameter_count(network: nn.Module, image_shape: tuple[int, ...]) -> int:
+    """Trained numbers of a :class:`~fdm_jax.networks.SongUNet` for images (H, W, C)."""
+    variables, *_ = _inputs(network, image_shape, 1)
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+def forward_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
+    """Operations of one pass over one image."""
+    return count_flops(network.apply, *_inputs(network, image_shape, 1))
+
+
+def train_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
+    """Operations per training image, see :data:`TRAIN_PASSES`."""
+    return TRAIN_PASSES * forward_flops(network, image_shape)
+
+
+def state_bytes(parameters: int, accumulation: int = 1) -> int:
+    """Memory that a train step needs whatever its batch; every device holds a copy.
+
+    See :data:`STATE_COPIES`; several accumulation rounds add the running sum of the gradients.
+    """
+    return 4 * parameters * (STATE_COPIES + (accumulation > 1))
+
+
+def activation_bytes(network: nn.Module, image_shape: tuple[int, ...], batch: int) -> int:
+    """What the forward pass of ``batch`` images keeps for the backward pass, had every operation its own memory.
+
+    XLA recomputes what is cheap instead of keeping it, but needs room of its own in the backward pass: compiled
+    for CPUs, train steps in float32 took 0.8 to 1.0 of this (and in bfloat16, which CPUs compute in float32, 1.1
+    to 1.4).  Parameters are not in it (see :func:`state_bytes`), but their casts to the compute type are.
+    """
+    variables, *inputs = _inputs(network, image_shape, batch)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+
+    def kept(variables: Any, inputs: Any, keys: jax.Array) -> list[jax.Array]:
+        pull_back = jax.vjp(lambda v: network.apply(v, *inputs, dropout_keys=keys), variables)[1]
+        given = {id(leaf) for leaf in jax.tree.leaves((variables, inputs, keys))}
+        # One array may serve several derivatives: it is kept once.
+        return list({id(leaf): leaf for leaf in jax.tree.leaves(pull_back) if id(leaf) not in given}.values())
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.eval_shape(kept, variables, inputs, keys))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A training run in numbers.
+
+    Attributes:
+      title: what is trained, for people.
+      dtype: compute type of the network.
+      parameters: of the network.
+      forward_flops: operations of one pass over one image.
+      activation_bytes_fixed, activation_bytes_per_image: :func:`activation_bytes`, which is affine in the batch.
+      images, batch_size, accumulation: of the run, over all devices.
+      nfe: passes per sample.
+      accelerator, num_devices: what it runs on.
+      utilisation: share of the accelerator's peak that the run is assumed to reach.
+    """
+
+    title: str
+    dtype: str
+    parameters: int
+    forward_flops: int
+    activation_bytes_fixed: int
+    activation_bytes_per_image: int
+    images: int
+    batch_size: int
+    accumulation: int
+    nfe: int
+    accelerator: Accelerator
+    num_devices: int
+    utilisation: float
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return math.ceil(self.images / self.batch_size)
+
+    @property
+    def step_flops(self) -> int:
+        """Of one optimiser step on all devices."""
+        return self.batch_size * TRAIN_PASSES * self.forward_flops
+
+    @property
+    def images_at_once(self) -> int:
+        """A device's share of one accumulation round."""
+        return math.ceil(self.batch_size / (self.num_devices * self.accumulation))
+
+    @property
+    def state_bytes(self) -> int:
+        """Per device."""
+        return state_bytes(self.parameters, self.accumulation)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Per device."""
+        return self.activation_bytes_fixed + self.images_at_once * self.activation_bytes_per_image
+
+    @property
+    def memory_share(self) -> float:
+        """Of a device's memory that a step takes; above 1 it does not fit."""
+        return (self.state_bytes + self.activation_bytes) / (self.accelerator.memory_gib * 2**30)
+
+    def seconds(self, flops: int) -> float:
+        """Time that all devices together take for so many operations, at the assumed utilisation."""
+        peak = self.accelerator.peak_tflops(self.dtype) * 1e12
+        return flops / (peak * self.utilisation * self.num_devices)
+
+    def fitting_accumulation(self) -> int | None:
+        """The fewest rounds per step with which the run fits the memory; None if none does."""
+        share = self.batch_size // self.num_devices
+        rounds = (r for r in range(1, share + 1) if share % r == 0)
+        return next((r for r in rounds if dataclasses.replace(self, accumulation=r).memory_share <= 1), None)

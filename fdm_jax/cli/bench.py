@@ -1,0 +1,281 @@
+"""Measure training and sampling on this machine's devices, on synthetic images: one JSON line per measurement.
+
+  fdm bench                                              a small network on 8x8 images
+  fdm bench --cifar10                                    also CIFAR-10's (minutes to compile on a CPU)
+  fdm bench --config=configs/edm.py:ffhq64 --what=train --batch-size=256 --dtype=bfloat16
+
+Fields: images_per_second (median, with the lowest and highest of up to five repeats), gflop_per_image (2 x multiply-adds
+of convolutions and matrix products, training as three forward passes), tflops (what these come to), matmul_tflops
+(a large matrix product of the same type on the same devices, measured in the same run) and matmul_share (the
+ratio: how much of the machine the network uses).  compile_seconds is short when JAX's compile cache has the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from fdm_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fdm_jax.families import Family
+    from fdm_jax.networks import SongUNet
+    from fdm_jax.training.step import TrainSpec
+
+HELP = "measure training and sampling speed on this machine"
+
+REPEATS = 5
+MATMUL_SECONDS = 0.2  # how long a timed run of matrix products takes, roughly
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from fdm_jax.cli.config import add_config_argument
+
+    add_config_argument(parser, required=False)
+    parser.add_argument("--batch-size", type=int, metavar="N", help="over all devices (default: by network)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="train steps to time (default: %(default)s)")
+    parser.add_argument("--what", default="train,sample", help="default: %(default)s")
+    parser.add_argument(
+        "--sampling-steps", type=int, default=18, metavar="N", help="of the EDM sampler, NFE = 2 N - 1 (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute type (default: the configuration's)")
+    parser.add_argument("--cifar10", action="store_true", help="without --config: also the network for CIFAR-10")
+
+
+def run(args: argparse.Namespace) -> int:
+    what = [name.strip() for name in args.what.split(",")]
+    for name in what:
+        if name not in MEASURES:
+            raise UserError(f"--what cannot be {name!r}: {nearest(name, MEASURES)}")
+    for field in ("batch_size", "steps", "sampling_steps"):
+        value = getattr(args, field)
+        if value is not None and value < 1:
+            raise UserError(f"--{field.replace('_', '-')} must be 1 or more, and is {value}.")
+    for case in cases(args):
+        for name in what:
+            print(json.dumps(MEASURES[name](case, args)), flush=True)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is measured: a network with all that belongs to it; ``spec.batch_size`` images at a time."""
+
+    name: str
+    network: SongUNet
+    family: Family
+    spec: TrainSpec
+    image_shape: tuple[int, int, int]
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """The configured network, or the built-in ones, as the arguments change them.
+
+    Raises:
+      UserError: a batch that cannot be dealt to the devices.
+    """
+    import jax
+
+    for case in configured_case(args) if args.config else builtin_cases(args.cifar10):
+        spec = dataclasses.replace(case.spec, batch_size=args.batch_size or case.spec.batch_size)
+        if spec.batch_size % (jax.device_count() * spec.accumulation):
+            raise UserError(
+                f"The batch size is {spec.batch_size}, and must divide by {jax.device_count()} device(s) times "
+                f"{spec.accumulation} round(s) of accumulation: set --batch-size."
+            )
+        network = case.network.clone(dtype=args.dtype) if args.dtype else case.network
+        yield dataclasses.replace(case, network=network, spec=spec)
+
+
+def configured_case(args: argparse.Namespace) -> Iterator[Case]:
+    """The network of ``--config``."""
+    from fdm_jax.cli.config import load
+    from fdm_jax.experiment import Experiment
+
+    experiment = Experiment.from_config(load(args))
+    yield Case(args.config, experiment.network, experiment.family, experiment.spec, experiment.image_shape)
+
+
+def builtin_cases(cifar10: bool) -> Iterator[Case]:
+    """The two networks that are followed from version to version; their batch grows with the devices."""
+    import jax
+
+    from fdm_jax.families import EDM
+    from fdm_jax.momentum import Momentum
+    from fdm_jax.networks import SongUNet
+    from fdm_jax.training.step import TrainSpec
+
+    family = EDM(momentum=Momentum(multiplier=2.0))
+
+    def case(name: str, network: SongUNet, batch: int) -> Case:
+        spec = TrainSpec(batch_size=batch * jax.device_count(), learning_rate=1e-3, warmup_steps=200, num_classes=10)
+        return Case(name, network, family, spec, (network.resolution, network.resolution, network.channels))
+
+    yield case("digits", SongUNet(8, 1, 10, 9, "ddpmpp", 32, (1, 2), 4, 1, (), 0.13), 128)
+    if cifar10:
+        yield case("cifar10", SongUNet(32, 3, 10, 9, "ddpmpp", 128, (2, 2, 2), 4, 4, (16,), 0.13), 4)
+
+
+def bench_training(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """The whole train step, fed with the same batch over and over; data loading is not in it."""
+    import jax
+    import numpy as np
+
+    from fdm_jax import accounting
+    from fdm_jax.training.parallel import make_mesh, parallelise
+    from fdm_jax.training.step import init_state, make_train_step
+
+    network, spec = case.network, case.spec
+    parallel = parallelise(
+        "jit", lambda axis: make_train_step(network, case.family, spec, axis_name=axis), make_mesh()
+    )
+    state = parallel.put_state(jax.jit(lambda: init_state(network, spec, case.image_shape))())
+    rng = np.random.default_rng(0)
+    local = spec.batch_size // jax.process_count()
+    batch = parallel.put_batch({
+        "image": rng.integers(0, 256, (local, *case.image_shape), np.uint8),
+        "label": rng.integers(0, max(spec.num_classes, 1), local, np.int32),
+        "index": np.arange(local, dtype=np.int32) + local * jax.process_index(),
+    })  # fmt: skip
+    step, compile_seconds = _compile(parallel.step, state, batch)
+
+    def call() -> Any:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics
+
+    repeats = min(REPEATS, args.steps)
+    seconds = time_calls(call, repeats, args.steps // repeats)
+    flops = accounting.train_flops(network, case.image_shape)
+    return _report("train", case, flops, compile_seconds, seconds, step)
+
+
+def bench_sampling(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """EDM's deterministic sampler from seeds to 8-bit images; parameters are random, which costs the same."""
+    import jax
+    import jax.numpy as jnp
+
+    from fdm_jax import accounting
+    from fdm_jax.sampling.generate import make_generate_fn
+    from fdm_jax.training.parallel import make_mesh, replicated, sharded
+    from fdm_jax.training.step import init_state
+
+    mesh, spec = make_mesh(), case.spec
+    rows, whole = sharded(mesh), replicated(mesh)
+    generate = make_generate_fn(
+        case.network, case.family, case.image_shape, spec.num_classes, steps=args.sampling_steps
+    )
+
+    def inputs() -> tuple[Any, jax.Array, jax.Array]:
+        state = init_state(case.network, spec, case.image_shape)
+        seeds = jnp.arange(spec.batch_size, dtype=jnp.uint32)
+        return {"params": state.ema, **state.constants}, seeds, (seeds % max(spec.num_classes, 1)).astype(jnp.int32)
+
+    placed = jax.jit(inputs, out_shardings=(whole, rows, rows))()
+    sample, compile_seconds = _compile(jax.jit(generate, in_shardings=(whole, rows, rows), out_shardings=rows), *placed)
+    seconds = time_calls(lambda: sample(*placed), min(REPEATS, args.steps), 1)
+    nfe = 2 * args.sampling_steps - 1
+    flops = nfe * accounting.forward_flops(case.network, case.image_shape)
+    return _report("sample", case, flops, compile_seconds, seconds, sample) | {"nfe": nfe}
+
+
+MEASURES: dict[str, Callable[[Case, argparse.Namespace], dict[str, Any]]] = {
+    "train": bench_training,
+    "sample": bench_sampling,
+}
+
+
+def _compile(jitted: Any, *args: Any) -> tuple[Any, float]:
+    """The program for these arguments, and the seconds that tracing and compiling it took."""
+    start = time.perf_counter()
+    compiled = jitted.lower(*args).compile()
+    return compiled, time.perf_counter() - start
+
+
+def time_calls(call: Callable[[], Any], repeats: int, calls: int) -> list[float]:
+    """Seconds per call in each repeat of so many calls, after one call to warm up.
+
+    Within a repeat a call is not waited for before the next is made: accelerators run behind Python.
+    """
+    import jax
+
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = call()
+        jax.block_until_ready(result)
+        seconds.append((time.perf_counter() - start) / calls)
+    return seconds
+
+
+def matmul_tflops(dtype: Any, size: int | None = None, seconds: float = MATMUL_SECONDS) -> float:
+    """Measured rate of one device in square matrix products of a type, in 10^12 operations per second.
+
+    Args:
+      dtype: what is multiplied; the precision is JAX's default, as in the networks.
+      size: rows and columns; by default large enough for the device to reach its best.
+      seconds: rough length of each of the three timed runs, of which the fastest counts.
+    """
+    import jax
+
+    if size is None:
+        size = 1024 if jax.default_backend() == "cpu" else 8192
+    # Entries of the product are of the size of the factors', so that it can be multiplied again and again.
+    matrix = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5).astype(dtype)
+
+    @jax.jit
+    def chain(count: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, count, lambda _, y: y @ matrix, x)
+
+    count = 1
+    while (best := min(time_calls(lambda: chain(count, matrix), 3, 1))) < seconds / 2:
+        count *= 2
+    return count * 2 * size**3 / best / 1e12
+
+
+def _report(
+    what: str, case: Case, flops: int, compile_seconds: float, seconds: list[float], compiled: Any
+) -> dict[str, Any]:
+    """One measurement; ``flops`` are per image, ``seconds`` per batch."""
+    import jax
+    import jax.numpy as jnp
+
+    from fdm_jax.accounting import parameter_count
+
+    network, batch, devices = case.network, case.spec.batch_size, jax.device_count()
+    rates = [batch / s for s in seconds]
+    rate = statistics.median(rates)
+    matmul = devices * matmul_tflops(network.dtype)
+    memory = compiled.memory_analysis()
+    return {
+        "what": what,
+        "name": case.name,
+        "network": f"{network.preset} {network.model_channels}x{tuple(network.channel_mult)}",
+        "parameters": parameter_count(network, case.image_shape),
+        "image": list(case.image_shape),
+        "dtype": jnp.dtype(network.dtype).name,
+        "batch_size": batch,
+        "devices": devices,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "compile_seconds": round(compile_seconds, 2),
+        "images_per_second": _digits(rate),
+        "images_per_second_range": [_digits(min(rates)), _digits(max(rates))],
+        "gflop_per_image": _digits(flops / 1e9),
+        "tflops": _digits(rate * flops / 1e12),
+        "matmul_tflops": _digits(matmul),
+        "matmul_share": _digits(rate * flops / 1e12 / matmul),
+        "temporary_mib": _digits(memory.temp_size_in_bytes / 2**20) if memory else None,
+    }
+
+
+def _digits(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")

@@ -1,0 +1,143 @@
+"""Say what a configuration needs in memory, operations and time, without running it.
+
+  fdm plan --config=configs/edm.py:cifar10
+  fdm plan --config=configs/edm.py:ffhq64 --config.network.dtype=bfloat16 --device=tpu-v4 --num-devices=32
+
+Operations and the size of the network are counted from its shapes.  The time follows from the device's peak rate,
+as its vendor gives it, and from the share of it that the run is assumed to reach: `fdm bench` measures that share.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from fdm_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fdm_jax.accounting import Accelerator, Plan
+    from fdm_jax.experiment import Experiment
+
+HELP = "say what a configuration needs in memory, operations and time"
+
+SAMPLES = 50_000  # what an FID takes
+GPU_SHARE = 0.75  # of a GPU's memory, which JAX takes unless told otherwise
+SHORT_STEP = 0.02  # seconds, under which the launching of kernels and the loading of data show
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from fdm_jax.cli.config import add_config_argument
+
+    add_config_argument(parser)
+    parser.add_argument("--device", default="h200", metavar="NAME", help="such as a100 or tpu-v4 (default: %(default)s)")
+    parser.add_argument("--num-devices", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.35, metavar="SHARE",
+        help="share of the device's peak that the run is assumed to reach (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    from fdm_jax.accounting import ACCELERATORS
+    from fdm_jax.cli.config import load
+    from fdm_jax.experiment import Experiment
+
+    if args.device not in ACCELERATORS:
+        raise UserError(f"There is no device {args.device!r}: {nearest(args.device, ACCELERATORS)}")
+    if args.num_devices < 1:
+        raise UserError(f"--num-devices must be 1 or more, and is {args.num_devices}.")
+    if not 0 < args.utilisation <= 1:
+        raise UserError(f"--utilisation must be above 0 and at most 1, and is {args.utilisation}.")
+    experiment = Experiment.from_config(load(args))
+    print(render(make_plan(experiment, ACCELERATORS[args.device], args.num_devices, args.utilisation)))
+    return 0
+
+
+def make_plan(experiment: Experiment, accelerator: Accelerator, num_devices: int, utilisation: float) -> Plan:
+    """Count what an experiment needs; nothing is compiled, but its network is traced, which takes seconds.
+
+    Raises:
+      UserError: the batch cannot be dealt to so many devices.
+    """
+    from fdm_jax import accounting
+    from fdm_jax.sampling.edm import evaluation_sigmas
+    from fdm_jax.sampling.grids import edm_sigmas
+
+    experiment.check_devices(num_devices)
+    network, config = experiment.network, experiment.config
+    one, two = (accounting.activation_bytes(network, experiment.image_shape, batch) for batch in (1, 2))
+    family = type(experiment.family).__name__ + ("-FDM" if experiment.family.momentum else "")
+    size = "x".join(map(str, experiment.image_shape))
+    return accounting.Plan(
+        title=f"{family} on {config.data.source} {size}, {network.preset} with {network.model_channels} x "
+        f"{tuple(network.channel_mult)} channels in {config.network.dtype}",
+        dtype=config.network.dtype,
+        parameters=accounting.parameter_count(network, experiment.image_shape),
+        forward_flops=accounting.forward_flops(network, experiment.image_shape),
+        activation_bytes_fixed=2 * one - two,
+        activation_bytes_per_image=two - one,
+        images=config.train.images,
+        batch_size=experiment.spec.batch_size,
+        accumulation=experiment.spec.accumulation,
+        nfe=len(evaluation_sigmas(edm_sigmas(config.samples.steps))),
+        accelerator=accelerator,
+        num_devices=num_devices,
+        utilisation=utilisation,
+    )
+
+
+def render(plan: Plan) -> str:
+    """The plan in words: one fact per line, then what to beware of."""
+    device, step_seconds = plan.accelerator, plan.seconds(plan.step_flops)
+    training, sampling = plan.steps * plan.step_flops, SAMPLES * plan.nfe * plan.forward_flops
+    at_once = f"{plan.images_at_once:,} images" + (f" ({plan.accumulation} rounds)" if plan.accumulation > 1 else "")
+    facts = [
+        ("parameters", f"{plan.parameters:,}"),
+        ("operations", f"per image {_flops(plan.forward_flops)} forward, {_flops(plan.step_flops // plan.batch_size)} in training"),
+        ("memory", f"{_size(plan.state_bytes + plan.activation_bytes)} of each device's {device.memory_gib:g} GiB"),
+        ("  state", f"{_size(plan.state_bytes)}: parameters, gradients, Adam's moments, EMA; float32"),
+        ("  activations", f"about {_size(plan.activation_bytes)}: {at_once} at a time; {plan.dtype}"),
+        ("training", f"{plan.steps:,} steps of {plan.batch_size:,} images, {_flops(training)}"),
+        ("  estimate", f"{_duration(plan.seconds(training))}, {_duration(step_seconds)} per step"),
+        ("sampling", f"{SAMPLES:,} images at {plan.nfe} NFE, {_flops(sampling)}"),
+        ("  estimate", _duration(plan.seconds(sampling))),
+    ]
+    lines = [plan.title, *(f"  {name:<15}{fact}" for name, fact in facts)]
+    lines.append(
+        f"Estimates, not measurements: they assume that {plan.num_devices} x {device.title} reach {plan.utilisation:.0%} of "
+        f"the vendor's {device.peak_tflops(plan.dtype):g} TFLOP/s in {plan.dtype}, and are as good as that assumption."
+    )
+    if plan.memory_share > 1:
+        rounds = plan.fitting_accumulation()
+        advice = (
+            f"--config.train.accumulation={rounds} would"
+            if rounds
+            else "not even one image at a time would; take a smaller network or a larger device"
+        )
+        lines.append(f"WARNING: this does not fit the memory of {device.title}; {advice}.")
+    elif plan.memory_share > GPU_SHARE:
+        lines.append(
+            f"Note: JAX takes {GPU_SHARE:.0%} of a GPU's memory, and this needs {plan.memory_share:.0%}: "
+            "set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 on a GPU."
+        )
+    if step_seconds < SHORT_STEP:
+        lines.append("Note: steps so short are bound by launching kernels and loading data, and will take longer.")
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _flops(count: int) -> str:
+    for unit, prefix in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if count >= unit:
+            return f"{count / unit:.4g} {prefix}FLOP"
+    return f"{count / 1e6:.4g} MFLOP"
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds * 1000:.3g} ms"

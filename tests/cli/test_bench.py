@@ -1,0 +1,96 @@
+"""`fdm bench`: what it prints, and that its arithmetic is right.  No assertion on this machine's speed."""
+
+import argparse
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from fdm_jax.cli import bench
+from fdm_jax.cli.main import main
+from fdm_jax.errors import UserError
+
+
+@pytest.fixture
+def matmul(monkeypatch):
+    """Eight devices of 0.5 TFLOP/s each."""
+    monkeypatch.setattr(bench, "matmul_tflops", lambda dtype: 0.5)
+
+
+def test_both_measurements(capsys, matmul):
+    """One run of the command on the eight devices of the tests."""
+    arguments = [
+        "bench",
+        f"--config={tiny.CONFIG}",
+        *tiny.OVERRIDES,
+        "--steps=2",
+        "--sampling-steps=2",
+        "--batch-size=8",
+    ]
+    assert main(arguments) == 0
+    train, sample = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (train["what"], sample["what"]) == ("train", "sample")
+    for line in (train, sample):
+        assert line["batch_size"] == 8 and line["devices"] == 8 and line["device"] == "cpu"
+        assert line["jax"] == jax.__version__ and line["dtype"] == "float32"
+        low, high = line["images_per_second_range"]
+        assert 0 < low <= line["images_per_second"] <= high
+        assert line["tflops"] == pytest.approx(line["images_per_second"] * line["gflop_per_image"] / 1000, rel=1e-2)
+        assert line["matmul_tflops"] == 4 and line["matmul_share"] == pytest.approx(line["tflops"] / 4, rel=1e-2)
+        assert line["compile_seconds"] > 0
+    assert sample["nfe"] == 3
+    assert sample["gflop_per_image"] == pytest.approx(train["gflop_per_image"], rel=1e-3)  # 3 passes each
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("--what=training", "--what cannot be 'training': did you mean 'train'?"),
+        ("--steps=0", "--steps must be 1 or more, and is 0."),
+        ("--batch-size=12", "The batch size is 12, and must divide by 8 device(s)"),
+    ],
+)
+def test_mistakes(capsys, wrong, sentence):
+    assert main(["bench", wrong]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def cases(**changes):
+    args = dict(config=None, batch_size=None, dtype=None, cifar10=False, overrides=[]) | changes
+    return list(bench.cases(argparse.Namespace(**args)))
+
+
+def test_built_in_cases():
+    (digits,) = cases()
+    assert (digits.name, digits.spec.batch_size, digits.image_shape) == ("digits", 128 * 8, (8, 8, 1))
+    _, cifar10 = cases(cifar10=True, dtype="bfloat16", batch_size=16)
+    assert cifar10.spec.batch_size == 16 and jnp.dtype(cifar10.network.dtype) == jnp.bfloat16
+    assert cifar10.network.channel_mult == (2, 2, 2) and cifar10.image_shape == (32, 32, 3)
+
+
+def test_accumulation_of_a_configuration_counts():
+    with pytest.raises(UserError, match=r"8 device\(s\) times 4 round"):
+        cases(config=tiny.CONFIG, overrides=["--config.train.accumulation=4"], batch_size=16)
+
+
+def test_timing_covers_work_that_runs_behind_python():
+    calls = []
+
+    def call():
+        calls.append(None)
+        return jax.pure_callback(lambda x: time.sleep(0.01) or x, jnp.zeros(()), jnp.zeros(()))
+
+    seconds = bench.time_calls(jax.jit(call), 2, 3)
+    assert len(seconds) == 2 and all(0.01 <= s < 1 for s in seconds)
+
+    calls.clear()
+    bench.time_calls(call, 2, 3)
+    assert len(calls) == 1 + 2 * 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_matrix_products(dtype):
+    assert 1e-5 < bench.matmul_tflops(dtype, size=64, seconds=1e-3) < 100

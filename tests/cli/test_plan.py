@@ -1,0 +1,90 @@
+"""`fdm plan`: what it counts for a configuration, and how it says it."""
+
+import argparse
+import dataclasses
+
+import pytest
+import tiny
+
+from fdm_jax.accounting import ACCELERATORS, Plan
+from fdm_jax.cli import plan
+from fdm_jax.cli.config import load
+from fdm_jax.cli.main import main
+from fdm_jax.errors import UserError
+from fdm_jax.experiment import Experiment
+
+CIFAR10 = Plan(
+    title="EDM-FDM on cifar10", dtype="bfloat16", parameters=55_735_299, forward_flops=42_254_603_008,
+    activation_bytes_fixed=100 * 2**20, activation_bytes_per_image=160 * 2**20, images=200_000_000, batch_size=512,
+    accumulation=1, nfe=35, accelerator=ACCELERATORS["h200"], num_devices=8, utilisation=0.35,
+)  # fmt: skip
+
+
+def experiment(*overrides):
+    return Experiment.from_config(load(argparse.Namespace(config=tiny.CONFIG, overrides=[*tiny.OVERRIDES, *overrides])))
+
+
+def test_rendering():
+    text = plan.render(CIFAR10)
+    for fact in (
+        "55,735,299", "42.25 GFLOP forward", "126.8 GFLOP in training", "390,625 steps of 512 images",
+        "25.35 EFLOP",  # 2e8 x 126.8e9
+        "2.54 hours",  # 25.35e18 / (8 x 0.35 x 989e12) = 9155 s
+        "64 images at a time", "1.0 GiB: parameters", "10.1 GiB: 64 images", "of each device's 141 GiB",
+        "73.95 PFLOP",  # 5e4 x 35 x 42.25e9
+        "26.7 seconds", "8 x NVIDIA H200 reach 35% of the vendor's 989 TFLOP/s in bfloat16", "Estimates, not measurements",
+    ):  # fmt: skip
+        assert fact in text
+    assert "WARNING" not in text and "Note" not in text
+
+
+def test_rendering_of_what_does_not_fit():
+    text = plan.render(dataclasses.replace(CIFAR10, accelerator=ACCELERATORS["v100"], num_devices=1))
+    assert "WARNING: this does not fit the memory of NVIDIA V100 32GB; --config.train.accumulation=4 would." in text
+    text = plan.render(dataclasses.replace(CIFAR10, parameters=10**10))
+    assert "not even one image at a time would" in text
+    text = plan.render(
+        dataclasses.replace(CIFAR10, accelerator=ACCELERATORS["a100"], num_devices=1, accumulation=1, batch_size=400)
+    )
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in text and "WARNING" not in text
+
+
+def test_short_steps_are_called_so():
+    assert "bound by launching kernels" in plan.render(dataclasses.replace(CIFAR10, forward_flops=10**6))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(5e5, "5.79 days"), (4e3, "1.11 hours"), (90, "1.5 minutes"), (1.5, "1.5 seconds"), (0.0123, "12.3 ms")],
+)
+def test_durations(seconds, words):
+    assert plan._duration(seconds) == words
+
+
+def test_counting():
+    counted = plan.make_plan(experiment("--config.train.accumulation=2"), ACCELERATORS["a100"], 4, 0.5)
+    assert (counted.images, counted.batch_size, counted.accumulation, counted.steps) == (320, 16, 2, 20)
+    assert counted.images_at_once == 2
+    assert counted.nfe == 35 and counted.dtype == "float32"
+    # Known once the network is: one level of 4 channels on 8x8 pixels.
+    assert 1e5 < counted.forward_flops < 1e6 and 1000 < counted.parameters < 10_000
+    assert counted.activation_bytes_per_image > 0 and counted.activation_bytes_fixed >= 0
+    assert "EDM-FDM on digits 8x8x1, ddpmpp with 4 x (1,) channels in float32" in plan.render(counted)
+
+
+def test_devices_that_the_batch_does_not_divide_by():
+    with pytest.raises(UserError, match="train.batch_size is 16, and must divide by 3"):
+        plan.make_plan(experiment(), ACCELERATORS["a100"], 3, 0.5)
+
+
+def test_command(capsys):
+    arguments = ["plan", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, "--num-devices=2"]
+    assert main([*arguments, "--device=tpu-v4"]) == 0
+    assert "2 x TPU v4 reach 35%" in capsys.readouterr().out
+    for wrong, sentence in (
+        ("--device=h20", "did you mean 'h200'?"),
+        ("--num-devices=0", "--num-devices must be 1 or more, and is 0."),
+        ("--utilisation=0", "--utilisation must be above 0 and at most 1, and is 0.0."),
+    ):
+        assert main([*arguments, wrong]) == 2
+        assert sentence in capsys.readouterr().err
