@@ -50,7 +50,7 @@ demo: $(installed) ## train a small model on digits and sample from it, into dem
 	$(python) -m fdm_jax demo --workdir=demo_run
 
 fidelity: $(installed) ## train on the digits as the original did, and compare
-	$(python) -m pytest -m slow $(slow) -s tests/test_digits_runs.py $(PYTEST_ARGS)
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(python) -m pytest -m slow $(slow) -s tests/test_digits_runs.py $(PYTEST_ARGS)
 
 compile = .venv-lock/bin/uv pip compile setup.cfg --python=.venv-lock/bin/python --python-version=3.11 --universal \
 	--generate-hashes --custom-compile-command="make lock" --quiet --extra=dev $(LOCK_ARGS)

@@ -86,14 +86,14 @@ def _jaxpr_flops(jaxpr: Jaxpr) -> int:
 
 def _equation_flops(equation: JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
-    outputs = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        lhs = equation.invars[0].aval.shape
-        return 2 * outputs * math.prod(lhs[axis] for axis in contracted)
+        lhs = _shape(equation.invars[0])
+        return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(lhs[axis] for axis in contracted)
     if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
-        return 2 * outputs * math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+        kernel = _shape(equation.invars[1])
+        per_output = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+        return 2 * math.prod(_shape(equation.outvars[0])) * per_output
     if name == "cond":
         return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
     # Calls of every kind (jit, scan, custom derivatives, checkpoints) hold their bodies among their parameters.
@@ -105,6 +105,10 @@ def _equation_flops(equation: JaxprEqn) -> int:
     if name == "while" and inner:
         raise ValueError("The operations in a while loop cannot be counted without running it.")
     return inner * params["length"] if name == "scan" else inner
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _inputs(network: nn.Module, image_shape: tuple[int, ...], batch: int) -> tuple[Any, ...]:

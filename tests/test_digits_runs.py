@@ -2,8 +2,11 @@
 
 The original's figures are means and sample deviations over 25 runs of its own classes with these settings: two
 seeds for VE, three otherwise; held-out error (EDM-weighted, see evaluation/denoising.py) after 20k, 40k and 80k
-images, and after 80k the share of 1,000 generated digits (18 steps, balanced labels) that a support vector machine
-reads as the class asked for.
+images, and after 80k the share of generated digits (18 steps, balanced labels) that a support vector machine reads as
+the class asked for, with their Frechet distance to the real ones on pixels.
+
+Those runs were judged on one set of 1,000 latents, the same for all.  Which 1,000 moves the accuracy of every run of a
+variant together, by 0.006 (one deviation, over five sets and six VE-FDM runs of ours); ours are means over five sets.
 """
 
 import os
@@ -36,6 +39,7 @@ ORIGINAL = {
 }
 STEPS = (312, 624, 1250)  # the checkpoints nearest to 20k, 40k and 80k images
 SEEDS = (0, 1)
+SETS, OF_A_SET = 5, 0.006  # sets of 1,000 latents, and what the choice of a set does to the accuracy
 RUNS = tiny.ROOT / "runs" / "fidelity"  # kept: the same command goes on where it was
 
 
@@ -68,11 +72,13 @@ def measured(workdir: pathlib.Path, judge: DigitJudge) -> tuple[list[float], flo
 
         # 64 noise levels an image, not the original's 4: one draw of 4 moves the figure by 1 % (VP-FDM's by 1.7 %).
         errors.append(held_out_error(denoise, images / np.float32(127.5) - 1, labels, levels=64, batch_size=1024))
-    labels = np.arange(1000) % 10
+    seeds = np.arange(1000 * SETS)
+    labels = seeds % 10
     generate = make_generate_fn(experiment.network, experiment.family, (8, 8, 1), 10, steps=18)
-    parts = BatchedGenerator(generate, make_mesh(jax.devices()[:1]), 250)(variables, np.arange(1000), labels)
+    parts = BatchedGenerator(generate, make_mesh(jax.devices()[:1]), 500)(variables, seeds, labels)
     samples = np.concatenate([images for _, images in parts])
-    return errors, judge.accuracy(samples, labels), judge.frechet(samples)
+    frechet = np.mean([judge.frechet(part) for part in np.split(samples, SETS)])
+    return errors, judge.accuracy(samples, labels), float(frechet)
 
 
 @pytest.mark.slow
@@ -90,6 +96,7 @@ def test_whole_runs_land_in_the_originals_spread(variant):
     table = RUNS / f"{variant}.md"
     table.write_text(f"| {variant} | {' | '.join(row)} |\n")
     print(table.read_text())
+    spread = accuracy_there[0], float(np.hypot(accuracy_there[1], OF_A_SET))
     for errors, accuracy, _ in runs:
-        for value, (mean, deviation) in zip([*errors, accuracy], [*errors_there, accuracy_there], strict=True):
+        for value, (mean, deviation) in zip([*errors, accuracy], [*errors_there, spread], strict=True):
             assert abs(value - mean) <= max(3 * deviation, 0.02 * mean)

@@ -4,10 +4,11 @@
   fdm bench --cifar10                                    also CIFAR-10's (minutes to compile on a CPU)
   fdm bench --config=configs/edm.py:ffhq64 --what=train --batch-size=256 --dtype=bfloat16
 
-Fields: images_per_second (median, with the lowest and highest of up to five repeats), gflop_per_image (2 x multiply-adds
-of convolutions and matrix products, training as three forward passes), tflops (what these come to), matmul_tflops
-(a large matrix product of the same type on the same devices, measured in the same run) and matmul_share (the
-ratio: how much of the machine the network uses).  compile_seconds is short when JAX's compile cache has the program.
+Fields: images_per_second (median, with the lowest and highest of up to five repeats), gflop_per_image (2 x
+multiply-adds of convolutions and matrix products, training as three forward passes), tflops (what these come to),
+matmul_tflops (of large matrix products of the same type on the same devices in the same run) and matmul_share (the
+ratio of the two: how much of the machine the network uses).  compile_seconds is short when JAX's compile cache has
+the program; temporary_mib is what the compiler sets aside per device beside inputs and outputs.
 """
 
 from __future__ import annotations
@@ -40,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, metavar="N", help="over all devices (default: by network)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="train steps to time (default: %(default)s)")
     parser.add_argument("--what", default="train,sample", help="default: %(default)s")
-    parser.add_argument(
-        "--sampling-steps", type=int, default=18, metavar="N", help="of the EDM sampler, NFE = 2 N - 1 (default: %(default)s)"
-    )
+    parser.add_argument("--sampling-steps", type=int, default=18, metavar="N", help="of the sampler (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute type (default: the configuration's)")
     parser.add_argument("--cifar10", action="store_true", help="without --config: also the network for CIFAR-10")
 
@@ -221,7 +220,7 @@ def matmul_tflops(dtype: Any, size: int | None = None, seconds: float = MATMUL_S
     Args:
       dtype: what is multiplied; the precision is JAX's default, as in the networks.
       size: rows and columns; by default large enough for the device to reach its best.
-      seconds: rough length of each of the three timed runs, of which the fastest counts.
+      seconds: rough length of each of three timed runs, of which the fastest counts.
     """
     import jax
 
@@ -231,13 +230,16 @@ def matmul_tflops(dtype: Any, size: int | None = None, seconds: float = MATMUL_S
     matrix = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5).astype(dtype)
 
     @jax.jit
-    def chain(count: jax.Array, x: jax.Array) -> jax.Array:
+    def chain(count: int, x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, count, lambda _, y: y @ matrix, x)
 
+    def best(count: int) -> float:
+        return min(time_calls(lambda: chain(count, matrix), 3, 1))
+
     count = 1
-    while (best := min(time_calls(lambda: chain(count, matrix), 3, 1))) < seconds / 2:
+    while best(count) < seconds / 2:
         count *= 2
-    return count * 2 * size**3 / best / 1e12
+    return count * 2 * size**3 / best(count) / 1e12
 
 
 def _report(

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fdm_jax.cli.config import add_config_argument
 
     add_config_argument(parser)
-    parser.add_argument("--device", default="h200", metavar="NAME", help="such as a100 or tpu-v4 (default: %(default)s)")
+    parser.add_argument("--device", default="h200", metavar="NAME", help="such as tpu-v4 (default: %(default)s)")
     parser.add_argument("--num-devices", type=int, default=8, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--utilisation", type=float, default=0.35, metavar="SHARE",
@@ -88,12 +88,12 @@ def make_plan(experiment: Experiment, accelerator: Accelerator, num_devices: int
 
 def render(plan: Plan) -> str:
     """The plan in words: one fact per line, then what to beware of."""
-    device, step_seconds = plan.accelerator, plan.seconds(plan.step_flops)
+    device, step_seconds, image_flops = plan.accelerator, plan.seconds(plan.step_flops), plan.step_flops // plan.batch_size
     training, sampling = plan.steps * plan.step_flops, SAMPLES * plan.nfe * plan.forward_flops
     at_once = f"{plan.images_at_once:,} images" + (f" ({plan.accumulation} rounds)" if plan.accumulation > 1 else "")
     facts = [
         ("parameters", f"{plan.parameters:,}"),
-        ("operations", f"per image {_flops(plan.forward_flops)} forward, {_flops(plan.step_flops // plan.batch_size)} in training"),
+        ("operations", f"per image {_flops(plan.forward_flops)} forward, {_flops(image_flops)} in training"),
         ("memory", f"{_size(plan.state_bytes + plan.activation_bytes)} of each device's {device.memory_gib:g} GiB"),
         ("  state", f"{_size(plan.state_bytes)}: parameters, gradients, Adam's moments, EMA; float32"),
         ("  activations", f"about {_size(plan.activation_bytes)}: {at_once} at a time; {plan.dtype}"),
@@ -104,8 +104,8 @@ def render(plan: Plan) -> str:
     ]
     lines = [plan.title, *(f"  {name:<15}{fact}" for name, fact in facts)]
     lines.append(
-        f"Estimates, not measurements: they assume that {plan.num_devices} x {device.title} reach {plan.utilisation:.0%} of "
-        f"the vendor's {device.peak_tflops(plan.dtype):g} TFLOP/s in {plan.dtype}, and are as good as that assumption."
+        f"Estimates, not measurements: they assume that {plan.num_devices} x {device.title} reach {plan.utilisation:.0%} "
+        f"of the vendor's {device.peak_tflops(plan.dtype):g} TFLOP/s in {plan.dtype}, and are as good as that assumption."
     )
     if plan.memory_share > 1:
         rounds = plan.fitting_accumulation()

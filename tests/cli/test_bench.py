@@ -34,7 +34,7 @@ def test_both_measurements(capsys, matmul):
     train, sample = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (train["what"], sample["what"]) == ("train", "sample")
     for line in (train, sample):
-        assert line["batch_size"] == 8 and line["devices"] == 8 and line["device"] == "cpu"
+        assert line["batch_size"] == 16 and line["devices"] == 8 and line["device"] == "cpu"
         assert line["jax"] == jax.__version__ and line["dtype"] == "float32"
         low, high = line["images_per_second_range"]
         assert 0 < low <= line["images_per_second"] <= high

@@ -32,7 +32,8 @@ def test_rendering():
         "2.54 hours",  # 25.35e18 / (8 x 0.35 x 989e12) = 9155 s
         "64 images at a time", "1.0 GiB: parameters", "10.1 GiB: 64 images", "of each device's 141 GiB",
         "73.95 PFLOP",  # 5e4 x 35 x 42.25e9
-        "26.7 seconds", "8 x NVIDIA H200 reach 35% of the vendor's 989 TFLOP/s in bfloat16", "Estimates, not measurements",
+        "26.7 seconds", "8 x NVIDIA H200 reach 35% of the vendor's 989 TFLOP/s in bfloat16",
+        "Estimates, not measurements",
     ):  # fmt: skip
         assert fact in text
     assert "WARNING" not in text and "Note" not in text
