@@ -5,8 +5,9 @@ import pathlib
 
 # Before JAX starts: devices for the sharding tests, and no LLVM optimisation, which takes longer than it saves here.
 # Flags from outside come last and win.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, metavar="N", help="over all devices (default: by network)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="train steps to time (default: %(default)s)")
     parser.add_argument("--what", default="train,sample", help="default: %(default)s")
-    parser.add_argument("--sampling-steps", type=int, default=18, metavar="N", help="of the sampler (default: %(default)s)")
+    parser.add_argument(
+        "--sampling-steps", type=int, default=18, metavar="N", help="of the sampler (default: %(default)s)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute type (default: the configuration's)")
     parser.add_argument("--cifar10", action="store_true", help="without --config: also the network for CIFAR-10")
 
@@ -130,9 +132,7 @@ def bench_training(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     from fdm_jax.training.step import init_state, make_train_step
 
     network, spec = case.network, case.spec
-    parallel = parallelise(
-        "jit", lambda axis: make_train_step(network, case.family, spec, axis_name=axis), make_mesh()
-    )
+    parallel = parallelise("jit", lambda axis: make_train_step(network, case.family, spec, axis_name=axis), make_mesh())
     state = parallel.put_state(jax.jit(lambda: init_state(network, spec, case.image_shape))())
     rng = np.random.default_rng(0)
     local = spec.batch_size // jax.process_count()

@@ -63,6 +63,11 @@ class _Run:
         self.batch_size = experiment.spec.batch_size
         self.main = jax.process_index() == 0
         self.mesh = make_mesh()
+        self.parallel = parallelise(
+            self.config.parallel,
+            lambda axis: make_train_step(experiment.network, experiment.family, experiment.spec, axis_name=axis),
+            self.mesh,
+        )
         self.total_steps = -(-self.config.train.images // self.batch_size)
         self.checkpoint_steps = self._steps(self.config.checkpoint.every_images)
         keep = round(self.config.checkpoint.keep_every_images / self.batch_size / self.checkpoint_steps)
@@ -128,11 +133,7 @@ class _Run:
         progress = Progress(self.total_steps * self.batch_size, step * self.batch_size, quiet=not self.main)
         if step:
             progress.say(f"Going on from step {step:,} ({step * self.batch_size:,} images).")
-        parallel = parallelise(
-            self.config.parallel,
-            lambda axis: make_train_step(self.experiment.network, self.experiment.family, self.experiment.spec, axis_name=axis),
-            self.mesh,
-        )  # fmt: skip
+        parallel = self.parallel
         device_state = parallel.put_state(state)
         del state
         log_steps, sample_steps = self._steps(self.config.log.every_images), None
