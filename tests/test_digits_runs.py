@@ -5,10 +5,10 @@ seeds for VE, three otherwise; held-out error (EDM-weighted, see evaluation/deno
 images, and after 80k the share of generated digits (18 steps, balanced labels) that a support vector machine reads as
 the class asked for, with their Frechet distance to the real ones on pixels.
 
-Those runs were judged with one draw of held-out noise (4 levels an image) and one set of 1,000 latents, the same for
-all, so their deviations leave out what these draws do to all runs of a variant together.  Measured on ours, one
-deviation of it is 0.8 % (EDM) to 1.6 % (VP-FDM) of the error, over eight draws, and 0.006 of the accuracy, over five
-sets of latents.  Both are added here, and ours are means over 16 times as many levels and five sets.
+What must hold: the mean of our two seeds lies within three of the stated deviations or 2 %, whichever is wider.  The
+original's runs were all judged with one draw of held-out noise (4 levels an image) and one set of 1,000 latents.  Ours
+are means over 16 times as many levels and five sets, and the accuracy is allowed what the choice of a set does to all
+runs of a variant together: 0.006, one deviation, over five sets and six runs of ours.
 """
 
 import os
@@ -42,7 +42,7 @@ ORIGINAL = {
 STEPS = (312, 624, 1250)  # the checkpoints nearest to 20k, 40k and 80k images
 SEEDS = (0, 1)
 SETS = 5  # of 1,000 latents
-OF_A_DRAW, OF_A_SET = 0.01, 0.006  # deviations from the original's one draw (relative) and one set
+OF_A_SET = 0.006  # deviation of the accuracy from set to set
 RUNS = tiny.ROOT / "runs" / "fidelity"  # kept: the same command goes on where it was
 
 
@@ -98,9 +98,9 @@ def test_whole_runs_land_in_the_originals_spread(variant):
     table = RUNS / f"{variant}.md"
     table.write_text(f"| {variant} | {' | '.join(row)} |\n")
     print(table.read_text())
-    of_draws = [OF_A_DRAW * mean for mean, _ in errors_there] + [OF_A_SET]
-    for errors, accuracy, _ in runs:
-        for value, (mean, of_runs), of_draw in zip(
-            [*errors, accuracy], [*errors_there, accuracy_there], of_draws, strict=True
-        ):
-            assert abs(value - mean) <= max(3 * np.hypot(of_runs, of_draw), 0.02 * mean)
+    errors = np.mean([run[0] for run in runs], axis=0)
+    spread = accuracy_there[0], float(np.hypot(accuracy_there[1], OF_A_SET))
+    for value, (mean, deviation) in zip(
+        [*errors, np.mean([run[1] for run in runs])], [*errors_there, spread], strict=True
+    ):
+        assert abs(value - mean) <= max(3 * deviation, 0.02 * mean)

@@ -88,11 +88,8 @@ def make_plan(experiment: Experiment, accelerator: Accelerator, num_devices: int
 
 def render(plan: Plan) -> str:
     """The plan in words: one fact per line, then what to beware of."""
-    device, step_seconds, image_flops = (
-        plan.accelerator,
-        plan.seconds(plan.step_flops),
-        plan.step_flops // plan.batch_size,
-    )
+    device, step_seconds = plan.accelerator, plan.seconds(plan.step_flops)
+    image_flops = plan.step_flops // plan.batch_size
     training, sampling = plan.steps * plan.step_flops, SAMPLES * plan.nfe * plan.forward_flops
     at_once = f"{plan.images_at_once:,} images" + (f" ({plan.accumulation} rounds)" if plan.accumulation > 1 else "")
     facts = [
