@@ -8,6 +8,7 @@ s(sigma) and nothing else changes, so a run and its baseline share every other l
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from typing import NamedTuple
@@ -34,7 +35,7 @@ def _log(sigma: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
+class Family(abc.ABC):
     """What VP, VE and EDM have in common.  Every method takes arrays of any shape and keeps it.
 
     Attributes:
@@ -44,30 +45,30 @@ class Family:
     momentum: Momentum | None = None
 
     @property
+    @abc.abstractmethod
     def sigma_min(self) -> float:
         """Lowest noise level of the family, in units of the image's [-1, 1]."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def sigma_max(self) -> float:
         """Highest noise level of the family; may be infinite."""
-        raise NotImplementedError
 
     def training_draw(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         """The random number behind one training noise level: u ~ U(0, 1) unless the family says otherwise."""
         return jax.random.uniform(key, shape)
 
+    @abc.abstractmethod
     def training_sigma(self, draw: jax.Array) -> jax.Array:
         """The training noise level for a draw of :meth:`training_draw`."""
-        raise NotImplementedError
 
     def weight(self, sigma: jax.Array) -> jax.Array:
         """lambda(sigma) of the loss, before any warm-up; 1 / sigma^2 unless the family says otherwise."""
         return 1 / sigma**2
 
+    @abc.abstractmethod
     def plain_coefficients(self, sigma: jax.Array) -> Coefficients:
         """The coefficients of the family without momentum."""
-        raise NotImplementedError
 
     def coefficients(self, sigma: jax.Array) -> Coefficients:
         """c_skip, c_out, c_in, c_noise; with momentum c_in is s(sigma), FDM's one change."""

@@ -55,6 +55,16 @@ def test_another_number_of_devices_continues_the_run(straight_run, data_dir, tmp
     np.testing.assert_allclose([r["loss"] for r in resumed], [r["loss"] for r in straight], rtol=1e-4)
 
 
+def test_pmap_continues_what_jit_began(straight_run, data_dir, tmp_path):
+    """Checkpoints know nothing of how devices were used, and the two ways give one curve."""
+    workdir = tmp_path / "run"
+    assert main(tiny.arguments(workdir, data_dir, "--config.train.images=192")) == 0
+    assert main(tiny.arguments(workdir, data_dir, "--config.parallel=pmap")) == 0
+    losses = [[row["loss"] for row in rows(run)] for run in (straight_run, workdir)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert losses[1] != losses[0]  # it was another program
+
+
 def wait_for(condition, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
