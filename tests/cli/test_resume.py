@@ -62,7 +62,6 @@ def test_pmap_continues_what_jit_began(straight_run, data_dir, tmp_path):
     assert main(tiny.arguments(workdir, data_dir, "--config.parallel=pmap")) == 0
     losses = [[row["loss"] for row in rows(run)] for run in (straight_run, workdir)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
-    assert losses[1] != losses[0]  # it was another program
 
 
 def wait_for(condition, process, seconds=240):
