@@ -44,8 +44,8 @@ def default_config() -> ConfigDict:
     config.augment.probability = 0.0  # of each geometric augmentation; 0: none, and no augment labels
 
     config.data = ConfigDict()
-    config.data.source = "digits"  # the name of a data set, or the path of a zip or folder
-    config.data.split = "train"
+    config.data.source = "digits"  # the name of a prepared data set, or the path of one, of a zip or of a folder
+    config.data.split = "train"  # train, test or all; of prepared sets also slices such as train[:1000]
     config.data.data_dir = placeholder(str)  # where named data sets are prepared; the user's cache by default
     config.data.class_conditional = True  # train on the labels
     config.data.resolution = placeholder(int)  # what the data must have; not set: what it has
@@ -55,6 +55,8 @@ def default_config() -> ConfigDict:
     config.data.max_images = placeholder(int)  # a random subset
     config.data.cache_mb = 512  # keep decoded images in memory up to this size
     config.data.threads = 4  # batches read at the same time
+    config.data.workers = 0  # processes that read instead of the threads
+    config.data.device_prefetch = 2  # batches put on the devices ahead of the step that needs them
 
     config.train = ConfigDict()
     config.train.images = 200_000_000  # length of the run
@@ -95,7 +97,8 @@ RECIPES: dict[str, dict[str, object]] = {
         "train.batch_size": 256, "train.learning_rate": 2e-4, "samples.steps": 40,
     },
     "afhqv2": {
-        "data.source": "afhqv2", "data.resolution": 64, "data.channels": 3, "data.class_conditional": False,
+        "data.source": "afhqv2", "data.split": "all",  # 15,803 pictures; the paper's runs train on both parts
+        "data.resolution": 64, "data.channels": 3, "data.class_conditional": False,
         "network.dropout": 0.25, "augment.probability": 0.15,
         "train.batch_size": 256, "train.learning_rate": 2e-4, "samples.steps": 40,
     },

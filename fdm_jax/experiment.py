@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fdm_jax.augment import NUM_LABELS
-from fdm_jax.data.sources import BUILDERS, DataSpec, Source, open_source
+from fdm_jax.data.opening import open_source
+from fdm_jax.data.sources import DataSpec, Source
 from fdm_jax.defaults import flatten
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.families import Family, make_family
@@ -24,7 +25,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # how its work is cut up, which changes numbers by rounding only.
 FREE_FIELDS = (
     "train.images", "train.accumulation", "train.max_bad_steps", "log.", "checkpoint.", "samples.", "parallel",
-    "data.source", "data.data_dir", "data.cache_mb", "data.threads",
+    "data.source", "data.data_dir", "data.cache_mb", "data.threads", "data.workers", "data.device_prefetch",
 )  # fmt: skip
 
 
@@ -122,6 +123,7 @@ def _train_spec(config: ConfigDict, num_classes: int) -> TrainSpec:
         ("warmup_steps", 0), ("seed", 0), ("log.every_images", 1), ("checkpoint.every_images", 1),
         ("checkpoint.keep_latest", 1), ("checkpoint.keep_every_images", 1), ("samples.every_images", 0),
         ("samples.columns", 1), ("samples.rows", 1), ("samples.steps", 1), ("data.threads", 1),
+        ("data.workers", 0), ("data.device_prefetch", 0),
     ):  # fmt: skip
         value = _field(config, name)
         if not value >= least:
@@ -154,14 +156,9 @@ def open_data(config: ConfigDict, split: str | None = None) -> Source:
     """The data set of a configuration; ``split`` replaces the configured one.
 
     Raises:
-      UserError: see :func:`fdm_jax.data.sources.open_source`.
+      UserError: see :func:`fdm_jax.data.opening.open_source`.
     """
     data = config.data
-    if data.source in ("cifar10", "ffhq64", "afhqv2") and data.source not in BUILDERS:
-        raise UserError(
-            f"data.source is {data.source!r}, which cannot be downloaded: give the images as a zip or folder in "
-            f"EDM's layout, --config.data.source=PATH."
-        )
     return open_source(
         data.source,
         split=split or data.split,
@@ -170,7 +167,7 @@ def open_data(config: ConfigDict, split: str | None = None) -> Source:
         xflip=data.xflip,
         max_images=data.max_images,
         seed=config.seed,
-        cache_mb=data.cache_mb,
+        cache_mb=0 if data.workers else data.cache_mb,  # each worker would have a cache of its own
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from fdm_jax import __version__
 from fdm_jax.errors import UserError
 
-COMMANDS = ("train", "generate", "plan", "bench", "demo")
+COMMANDS = ("train", "generate", "dataset", "plan", "bench", "demo")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -12,6 +12,9 @@ from fdm_jax.errors import UserError
 
 LABELS_FILE = "dataset.json"
 
+# Pictures hardly compress: an archive that claims to grow by more than this is a bomb, whatever it holds.
+MAX_GROWTH, MAX_HARMLESS = 200, 2**28  # times its own size, and bytes below which growth does not matter
+
 
 class Archive(Protocol):
     """Files by name, names being relative paths with forward slashes (``00000/img00000000.png``).
@@ -38,7 +41,7 @@ def open_archive(path: str | os.PathLike[str]) -> Archive:
     """Opens a zip file or a folder.
 
     Raises:
-      UserError: nothing is there, or it is a file that is not a sound zip.
+      UserError: nothing is there, or it is a file that is not a sound zip, or one made to do harm.
     """
     path = Path(path)
     if path.is_dir():
@@ -46,6 +49,36 @@ def open_archive(path: str | os.PathLike[str]) -> Archive:
     if path.exists():
         return ZipArchive(path)
     raise UserError(f"no zip file or folder is at {path}: give the path of a data set in EDM's layout.")
+
+
+def check_member(name: str, archive: Path, seen: set[str]) -> None:
+    """Refuse a member that climbs out of its archive, or whose name was ``seen`` already; then it has been.
+
+    Nothing is ever unpacked to the disk, but an archive with such names was made to do harm, or is broken.
+
+    Raises:
+      UserError: one of the two.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if ".." in parts or parts[0] == "" or parts[0].endswith(":"):
+        raise UserError(f"{archive} holds {name!r}, a path that leads out of the archive: it is not to be trusted.")
+    if name in seen:
+        raise UserError(f"{archive} holds two files called {name!r}: make the archive anew.")
+    seen.add(name)
+
+
+def check_growth(unpacked: int, archive: Path) -> None:
+    """Refuse an archive whose members claim so many bytes in all that it must be a bomb.
+
+    Raises:
+      UserError: it is one.
+    """
+    size = archive.stat().st_size
+    if unpacked > max(MAX_GROWTH * size, MAX_HARMLESS):
+        raise UserError(
+            f"{archive} has {size:,} bytes and claims to hold {unpacked:,}: no pictures compress so well, "
+            "and it is not to be trusted."
+        )
 
 
 def _is_hidden(name: str) -> bool:
@@ -84,7 +117,10 @@ class ZipArchive:
     def __init__(self, path: Path):
         self.path = path
         self._opened: tuple[int, zipfile.ZipFile] | None = None
-        self._zip()  # a file that is no zip is to be reported here, not at the first batch
+        seen: set[str] = set()
+        for entry in self._zip().infolist():  # what is wrong is to be reported here, not at the first batch
+            check_member(entry.filename, path, seen)
+        check_growth(sum(entry.file_size for entry in self._zip().infolist()), path)
 
     def _zip(self) -> zipfile.ZipFile:
         # A ZipFile locks its own reads, so threads may share one; a forked child must not, because it would
@@ -105,8 +141,7 @@ class ZipArchive:
         return {"path": self.path, "_opened": None}
 
     def names(self) -> list[str]:
-        entries = {name for name in self._zip().namelist() if not name.endswith("/")}
-        return sorted(name for name in entries if not _is_hidden(name))
+        return sorted(name for name in self._zip().namelist() if not name.endswith("/") and not _is_hidden(name))
 
     def read(self, name: str, size: int = -1) -> bytes:
         try:

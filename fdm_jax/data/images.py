@@ -1,7 +1,7 @@
-"""From the bytes of an image file to ``uint8 [H, W, C]``, accepting 8-bit grey and RGB and nothing else.
+"""From the bytes of an image file to ``uint8 [H, W, C]``, and to the size that is wanted.
 
-Whatever would need a decision (palettes, transparency, 16 bits, CMYK, cropping) is refused with the name of
-the file: pixels are never changed on the way in.
+:func:`decode_image` is for data sets that are read as they are: 8-bit grey and RGB and nothing else, pixels never
+changed.  :func:`decode_picture` and :func:`fit` are for preparing a data set from pictures of all kinds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
 from fdm_jax.errors import UserError
 
@@ -24,6 +25,9 @@ _PIL_COLOURS = {"P": "palette", "LA": "grey with alpha", "RGBA": "RGB with alpha
 )
 _PIL_BITS = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I;16N": 16, "I": 32, "F": 32}
 _CHANNELS = {"grey": 1, "RGB": 3}
+_PIL_MODES = {1: "L", 3: "RGB"}
+_MAX_PIXELS = 2**26  # more are a bomb, or no picture for a diffusion model
+TRANSFORMS = ("none", "center-crop")
 
 
 class ImageShape(NamedTuple):
@@ -70,12 +74,95 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
       UserError: the bytes are no whole image, or its pixels are not 8-bit grey or RGB.
     """
     png_shape(data[:PNG_HEADER_BYTES], where)
-    try:
-        image = PIL.Image.open(io.BytesIO(data))
-        image.load()
-    except Exception as error:  # damaged files make Pillow raise nearly anything, struct.error included
-        raise UserError(f"{where} is not a readable image (it is damaged or of an unknown kind).") from error
+    image = _open(data, where)
     mode = image.mode.partition(";")[0]
     bits = _PIL_BITS.get(image.mode, 8)
     shape = _shape(image.width, image.height, bits, _PIL_COLOURS.get(mode, mode), where)
     return np.array(image, np.uint8).reshape(shape)
+
+
+def decode_picture(data: bytes, where: str, channels: int | None = None) -> np.ndarray:
+    """Decodes a picture of any kind that can become uint8 [H, W, C] without guessing.
+
+    A palette is looked up, an alpha channel that is opaque everywhere is dropped, black-and-white becomes 0 and 255, and
+    a photograph is turned upright as its EXIF data say.
+
+    Args:
+      data: the file.
+      where: names it in an error.
+      channels: 1 or 3 to have all pictures alike (grey repeated as RGB, or RGB as its luma); None keeps them as they are.
+
+    Raises:
+      UserError: the bytes are no whole image, or it has transparent, CMYK or more than 8-bit pixels.
+    """
+    if data.startswith(_PNG_SIGNATURE) and len(data) > 24 and data[24] == 16:  # Pillow reads 16-bit RGB as 8-bit
+        raise UserError(f"{where} has 16-bit pixels: convert it to 8 bits per channel.")
+    image = _open(data, where)
+    if _PIL_BITS.get(image.mode, 8) > 8:
+        raise UserError(f"{where} has {_PIL_BITS[image.mode]}-bit pixels: convert it to 8 bits per channel.")
+    try:
+        image = PIL.ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow parses these data only now
+        raise UserError(f"{where} has damaged EXIF data.") from error
+    if image.has_transparency_data:
+        image = image.convert("LA" if image.mode == "LA" else "RGBA")
+        if image.getextrema()[-1] != (255, 255):  # type: ignore[comparison-overlap]
+            raise UserError(f"{where} has transparent pixels, which have no colour: put it on a background.")
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    if image.mode not in _PIL_MODES.values():
+        raise UserError(f"{where} has {image.mode} pixels, which need a colour profile to become RGB: convert it.")
+    if channels:
+        image = image.convert(_PIL_MODES[channels])
+    return np.array(image, np.uint8).reshape(image.height, image.width, len(image.mode))
+
+
+def fit(image: np.ndarray, where: str, resolution: int | None, transform: str = "none") -> np.ndarray:
+    """Brings a picture to the wanted size with Pillow's Lanczos filter, as EDM's dataset tool does.
+
+    Args:
+      image: uint8 [H, W, C].
+      where: names it in an error.
+      resolution: R, of the result; None leaves pictures of any square size as they are.
+      transform: ``center-crop`` cuts the middle square out first; ``none`` takes square pictures only.
+
+    Returns:
+      uint8 [R, R, C].
+
+    Raises:
+      UserError: the picture is not square and is not to be cropped.
+    """
+    height, width, channels = image.shape
+    if height != width:
+        if transform != "center-crop":
+            raise UserError(
+                f"{where} is {ImageShape(*image.shape)}, but images must be square: crop them, "
+                "or have it done with --transform=center-crop."
+            )
+        side = min(height, width)
+        image = image[(height - side) // 2 : (height + side) // 2, (width - side) // 2 : (width + side) // 2]
+    if resolution is None or image.shape[0] == resolution:
+        return image
+    picture = PIL.Image.fromarray(image[..., 0] if channels == 1 else image)
+    picture = picture.resize((resolution, resolution), PIL.Image.Resampling.LANCZOS)
+    return np.array(picture, np.uint8).reshape(resolution, resolution, channels)
+
+
+def _open(data: bytes, where: str) -> PIL.Image.Image:
+    if not data:
+        raise UserError(f"{where} is not a readable image: the file is empty.")
+    try:
+        image = PIL.Image.open(io.BytesIO(data))
+        large = image.width * image.height > _MAX_PIXELS
+        if not large:
+            image.load()
+    except PIL.Image.DecompressionBombError:
+        large = True
+    except Exception as error:  # damaged files make Pillow raise nearly anything, struct.error included
+        raise UserError(f"{where} is not a readable image (it is damaged or of an unknown kind).") from error
+    if large:
+        raise UserError(f"{where} claims more than {_MAX_PIXELS:,} pixels: it is not to be trusted, or too large.")
+    return image

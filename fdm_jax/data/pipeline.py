@@ -5,16 +5,24 @@ epoch 1, and so on.  Global batch k is places kG..(k+1)G-1 of it (batches run on
 and process p of P reads the p-th of P equal runs of each batch.  A position in the data is therefore one
 number, k.
 
-Grain turns k into a batch and reads ahead.  Its own shuffle is not used: measured with Grain 0.2.18 it takes
+Grain turns k into a batch and reads ahead in threads.  Its own shuffle is not used: measured with Grain 0.2.18 it takes
 3 ms per example for a set of 23 images and 40 us for the digits, where slicing a permutation takes next to
 nothing, and a saved position would depend on the version of Grain.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import grain.python as grain
@@ -44,8 +52,75 @@ class _Order:
         return np.concatenate([self._epoch(e)[max(start - e * n, 0) : stop - e * n] for e in epochs])
 
 
+class _Reader:
+    """Reads this process's rows of global batch k; made anew by pickle in a worker process."""
+
+    def __init__(self, source: Source, seed: int, batch_size: int, rows: range):
+        self._source, self._seed, self._batch_size, self._rows = source, seed, batch_size, rows
+        self.order = _Order(len(source), seed)
+
+    def __reduce__(self) -> tuple[type[_Reader], tuple[Source, int, int, range]]:
+        return _Reader, (self._source, self._seed, self._batch_size, self._rows)
+
+    def __call__(self, k: int) -> dict[str, np.ndarray]:
+        start = k * self._batch_size
+        indices = self.order.places(start + self._rows.start, start + self._rows.stop)
+        return {**self._source.read(indices), "index": np.array(self._rows, np.int32)}
+
+
+class _Workers(Iterator[dict[str, np.ndarray]]):
+    """Batches ``first``, ``first + 1``, ... in order, read by other processes.
+
+    Not Grain's: its workers, and the shared memory they fill, outlive a program that was killed (Grain 0.2.18).
+    """
+
+    def __init__(self, read: _Reader, first: int, num_workers: int, prefetch: int):
+        spawn = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would lose
+        self._pool = ProcessPoolExecutor(num_workers, spawn, _become_worker, (read,))
+        self._to_come = itertools.count(first)
+        self._waiting = collections.deque(self._submit() for _ in range(max(prefetch, num_workers)))
+
+    def _submit(self) -> Future[dict[str, np.ndarray]]:
+        return self._pool.submit(_work, next(self._to_come))
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self._waiting.append(self._submit())
+        try:
+            return self._waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that reads data ended unexpectedly (for want of memory?): set --config.data.workers=0."
+            ) from error
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+_reader_of_worker: _Reader | None = None
+
+
+def _become_worker(read: _Reader) -> None:
+    """What a worker process does first: keep the reader, and watch its parent, not to outlive it."""
+    global _reader_of_worker
+    _reader_of_worker = read
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _work(k: int) -> dict[str, np.ndarray]:
+    assert _reader_of_worker is not None
+    return _reader_of_worker(k)
+
+
 class Batches(Iterator[dict[str, np.ndarray]]):
-    """This process's part of every global batch, read ahead by threads; see :func:`make_batches`.
+    """This process's part of every global batch, read ahead by threads or workers; see :func:`make_batches`.
 
     Yields ``image`` uint8 [G/P, H, W, C], ``label`` int32 [G/P], and ``index`` int32 [G/P]: the place of each
     example in the global batch, to draw its randomness from.  If reading fails, the exception comes with the
@@ -65,53 +140,56 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         process_index: int,
         process_count: int,
         num_threads: int,
+        num_workers: int,
         prefetch: int,
     ):
         self.batch_size = batch_size
         self.batches = 0
-        self._source, self._seed = source, int(seed)
-        self._order = _Order(len(source), seed)
+        self._num_images, self._seed = len(source), int(seed)
         rows = batch_size // process_count
-        self._rows = range(process_index * rows, (process_index + 1) * rows)  # ours of each global batch
+        ours = range(process_index * rows, (process_index + 1) * rows)  # of each global batch
+        self._read = _Reader(source, self._seed, batch_size, ours)
         self._read_options = grain.ReadOptions(min(num_threads, prefetch), prefetch)
-        self._reader: grain.DatasetIterator | None = None
+        self._num_workers = num_workers
+        self._running: Any = None  # an iterator with close()
+
+    def _start(self) -> Any:
+        if self._num_workers:
+            return _Workers(self._read, self.batches, self._num_workers, self._read_options.prefetch_buffer_size)
+        to_come = grain.MapDataset.range(self.batches, sys.maxsize)
+        return iter(to_come.map(self._read).to_iter_dataset(self._read_options))
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._reader is None:
-            to_come = grain.MapDataset.range(self.batches, sys.maxsize)
-            self._reader = iter(to_come.map(self._read).to_iter_dataset(self._read_options))
+        if self._running is None:
+            self._running = self._start()
         try:
-            batch = next(self._reader)
+            batch = next(self._running)
         except BaseException:
             self.close()  # Grain would go on with the batch after; a new reader tries the same one again
             raise
         self.batches += 1
         return batch
 
-    def _read(self, k: int) -> dict[str, np.ndarray]:
-        start = k * self.batch_size
-        indices = self._order.places(start + self._rows.start, start + self._rows.stop)
-        return {**self._source.read(indices), "index": np.array(self._rows, np.int32)}
-
     def close(self) -> None:
         """Stops reading ahead. Going on afterwards is allowed and continues in place."""
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+        if self._running is not None:
+            self._running.close()
+            self._running = None
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self, unused: int = 0) -> dict[str, int]:
         """The position as a small dict for JSON: equal on every process, and independent of their number.
 
-        ``batches`` counts the global batches that ``next`` has returned, not those read ahead.  The rest is
-        there to refuse what does not belong: the seed, N, G, and the dataset index of the first example not
-        delivered, which would differ if another version shuffled otherwise.
+        ``batches`` counts the global batches that ``next`` has returned, not those read ahead, and not the last
+        ``unused`` ones.  The rest is there to refuse what does not belong: the seed, N, G, and the dataset index of
+        the first example not delivered, which would differ if another version shuffled otherwise.
         """
+        batches = self.batches - unused
         return {
-            "batches": self.batches,
+            "batches": batches,
             "batch_size": self.batch_size,
             "seed": self._seed,
-            "num_images": len(self._source),
-            "next_image": self._next_image(self.batches),
+            "num_images": self._num_images,
+            "next_image": self._next_image(batches),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -141,7 +219,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def _next_image(self, batches: int) -> int:
         place = batches * self.batch_size
-        return int(self._order.places(place, place + 1)[0])
+        return int(self._read.order.places(place, place + 1)[0])
 
 
 def make_batches(
@@ -152,6 +230,7 @@ def make_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 4,
+    num_workers: int = 0,
     prefetch: int = 8,
 ) -> Batches:
     """The endless iterator of this process's part of shuffled batches.
@@ -163,6 +242,8 @@ def make_batches(
       process_index: p, this process.
       process_count: P, which must divide G.
       num_threads: how many batches are read at the same time; does not change what is delivered.
+      num_workers: processes that read instead of threads, for decoding that keeps Python busy; 0 for threads.  The
+        source is pickled, and the program must guard its main module, as multiprocessing asks.
       prefetch: how many batches are read ahead; 0 reads in the caller's thread.
 
     Raises:
@@ -180,8 +261,10 @@ def make_batches(
         raise UserError(f"batch size {batch_size} does not divide by {process_count} processes; {advice} would.")
     if seed < 0:
         raise UserError(f"data seed is {seed}: it must be a whole number from 0.")
-    if num_threads < 1 or prefetch < 0:
-        raise UserError(f"num_threads={num_threads} must be at least 1 and prefetch={prefetch} at least 0.")
+    if num_threads < 1 or prefetch < 0 or num_workers < 0:
+        raise UserError(
+            f"num_threads={num_threads} must be at least 1, num_workers={num_workers} and prefetch={prefetch} at least 0."
+        )
     return Batches(
         source,
         batch_size=batch_size,
@@ -189,5 +272,6 @@ def make_batches(
         process_index=process_index,
         process_count=process_count,
         num_threads=num_threads,
+        num_workers=num_workers,
         prefetch=prefetch,
     )

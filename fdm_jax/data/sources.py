@@ -1,9 +1,9 @@
-"""Where images come from: a TFDS builder of our own by name, or a zip or folder in EDM's layout by path.
+"""Where images come from: zips and folders here, prepared sets in :mod:`fdm_jax.data.prepared`; and what wraps them.
 
 A source is a fixed, indexable collection of ``uint8 [H, W, C]`` images, all of one square size, each with a
 class label.  Everything is checked as early as it is cheap to: the labels and the size of every PNG when the
-source is opened, the rest of an image when it is read.  Shuffling and batching are the part of
-:mod:`fdm_jax.data.pipeline`.
+source is opened, the rest of an image when it is read.  :mod:`fdm_jax.data.opening` finds the source for a name or path;
+shuffling and batching are the part of :mod:`fdm_jax.data.pipeline`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import dataclasses
 import operator
 import os
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
 from fdm_jax.data import images as image_files
-from fdm_jax.data.archives import Archive, open_archive
-from fdm_jax.data.labels import read_labels
-from fdm_jax.errors import UserError, nearest
+from fdm_jax.data.archives import Archive
+from fdm_jax.data.labels import find_labels, read_labels
+from fdm_jax.errors import UserError
 
 # Larger archives have their PNG headers checked as images are read, not when opened (20 us each in a zip).
 MAX_HEADERS_CHECKED = 100_000
@@ -97,7 +96,7 @@ class ArraySource(Source):
 
 
 class FileSource(Source):
-    """The image files of a zip or folder, sorted by name, with labels from ``dataset.json`` if wanted.
+    """The image files of a zip or folder, sorted by name, with labels from ``dataset.json`` or folders if wanted.
 
     Raises:
       UserError: there are no images, the labels are not right, or images differ in size, are not square or
@@ -112,19 +111,25 @@ class FileSource(Source):
         if not self._names:
             raise UserError(f"{archive.path} holds no image files: put some there, such as img00000000.png.")
         self._labels: np.ndarray = np.zeros(len(self._names), np.int32)
+        class_names: tuple[str, ...] = ()
         if use_labels:
-            self._labels = read_labels(archive, files, self._names)
+            found = find_labels(archive, files, self._names) or read_labels(archive, files, self._names)
+            self._labels, class_names = found
 
         self._shape = image_files.ImageShape(*self._decode(0).shape)
         if self._shape.height != self._shape.width:
-            raise UserError(f"{self._where(0)} is {self._shape}, but images must be square: crop them first.")
+            raise UserError(
+                f"{self._where(0)} is {self._shape}, but images must be square: `fdm dataset prepare folder "
+                "--transform=center-crop` makes such a set."
+            )
         self._check_headers()
         self.spec = DataSpec(
             name=archive.path.resolve().stem,
             num_images=len(self._names),
             resolution=self._shape.height,
             channels=self._shape.channels,
-            num_classes=int(self._labels.max()) + 1 if use_labels else 0,
+            num_classes=(len(class_names) or int(self._labels.max()) + 1) if use_labels else 0,
+            class_names=class_names or None,
         )
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
@@ -143,7 +148,10 @@ class FileSource(Source):
 
     def _check(self, i: int, shape: image_files.ImageShape) -> None:
         if shape != self._shape:
-            raise UserError(f"{self._where(i)} is {shape}, but {self._names[0]} is {self._shape}: make them alike.")
+            raise UserError(
+                f"{self._where(i)} is {shape}, but {self._names[0]} is {self._shape}: make them alike "
+                "(`fdm dataset prepare folder --resolution=...` does)."
+            )
 
     def _check_headers(self) -> None:
         if len(self._names) > MAX_HEADERS_CHECKED:
@@ -235,69 +243,3 @@ class Cached(Source):
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._allocate()
-
-
-def _open_digits(split: str, data_dir: str | None) -> Source:
-    # Here, because importing TFDS takes a second which those who give a path need not wait.
-    from fdm_jax.data import digits
-
-    images, labels = digits.load_digits_arrays(split, data_dir)
-    names = digits.CLASS_NAMES
-    return ArraySource(DataSpec("digits", len(images), 8, 1, len(names), names), images, labels)
-
-
-# Name -> how to open (split, data_dir).
-BUILDERS: dict[str, Callable[[str, str | None], Source]] = {"digits": _open_digits}
-
-
-def open_source(
-    source: str | os.PathLike[str],
-    *,
-    split: str = "train",
-    data_dir: str | None = None,
-    use_labels: bool = True,
-    xflip: bool = False,
-    max_images: int | None = None,
-    seed: int = 0,
-    cache_mb: int = 512,
-) -> Source:
-    """Opens a data set.
-
-    Args:
-      source: the name of a builder (``digits``), or the path of a zip or folder in EDM's layout. A folder
-        that is called like a builder is reached as ``./digits``.
-      split: of a builder, ``train``, ``test`` or ``all``; a zip or folder has only ``train``.
-      data_dir: where builders prepare their files; ``$XDG_CACHE_HOME/fdm_jax/data`` by default.
-      use_labels: whether labels are read, and required; without, all are 0 and ``spec.num_classes`` is 0.
-      xflip: whether every image is there a second time, mirrored; N doubles.
-      max_images: at most so many images, chosen at random by ``seed``, before mirroring.
-      seed: of that choice alone.
-      cache_mb: decoded images of a zip or folder stay in memory if all of them fit in so many MiB.
-
-    Raises:
-      UserError: the data set is unknown, missing, damaged or not of the kind described above.
-    """
-    name = os.fspath(source)
-    opened: Source
-    if name in BUILDERS:
-        opened = BUILDERS[name](split, data_dir)
-        if not use_labels:
-            opened = Unlabelled(opened)
-    else:
-        opened = _open_path(name, split, use_labels)
-    if max_images is not None:
-        opened = Subset(opened, max_images, seed)
-    spec = opened.spec
-    if name not in BUILDERS and spec.num_images * spec.resolution**2 * spec.channels <= cache_mb * 2**20:
-        opened = Cached(opened)
-    return XFlip(opened) if xflip else opened
-
-
-def _open_path(name: str, split: str, use_labels: bool) -> Source:
-    path = Path(name).expanduser()
-    if not path.exists() and path.name == name and not path.suffix:  # a bare word: a name, not a path
-        raise UserError(f"no data set, zip or folder is called {name!r}: {nearest(name, BUILDERS)}")
-    archive = open_archive(path)
-    if split not in ("train", "all"):
-        raise UserError(f"split is {split!r}, but a zip or folder such as {name} has only 'train'.")
-    return FileSource(archive, use_labels=use_labels)

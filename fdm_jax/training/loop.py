@@ -21,11 +21,12 @@ from fdm_jax.data.sources import Source
 from fdm_jax.defaults import to_json
 from fdm_jax.errors import UserError
 from fdm_jax.experiment import Experiment, differing_fields
+from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
 from fdm_jax.training.checkpoints import Checkpoints
 from fdm_jax.training.parallel import make_mesh, parallelise, replicated
 from fdm_jax.training.step import TrainState, init_state, make_train_step
-from fdm_jax.training.writers import Progress, Writers, write_text
+from fdm_jax.training.writers import Writers, write_text
 
 # Steps sent to the devices before the metrics of the first are waited for: keeps them busy, bounds the queue.
 STEPS_IN_FLIGHT = 4
@@ -84,7 +85,9 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             num_threads=self.config.data.threads,
+            num_workers=self.config.data.workers,
         )
+        self.placed: collections.deque[Any] = collections.deque()  # batches on the devices, not used yet
         self.generator: BatchedGenerator | None = None
 
     def _steps(self, images: int) -> int:
@@ -162,7 +165,7 @@ class _Run:
             if writers is not None:
                 closing.callback(writers.close)
             while step < self.total_steps and not stop:
-                device_state, metrics = parallel.step(device_state, parallel.put_batch(next(self.batches)))
+                device_state, metrics = parallel.step(device_state, self._next_batch(self.total_steps - step))
                 step += 1
                 nimg = step * self.batch_size
                 pending.append(metrics)
@@ -181,7 +184,7 @@ class _Run:
                     row["img_per_s"] = counted * self.batch_size / max(now - tick, 1e-9)
                     if writers is not None:
                         writers.scalars(row)
-                    progress.report(row["loss"], row["img_per_s"])
+                    progress.report(row["img_per_s"], f"loss {row['loss']:<8.4g}")
                     rows.clear()
                     tick = now
                 if step % self.checkpoint_steps == 0 or last:
@@ -202,8 +205,15 @@ class _Run:
                 progress.say(f"Stopped by {stop[0]} at step {step:,}, saved; the same command goes on from here.")
         return step >= self.total_steps
 
+    def _next_batch(self, remaining: int) -> Any:
+        """A batch on the devices; the transfer of those after it is begun, so that it runs beside the step."""
+        while len(self.placed) < min(1 + self.config.data.device_prefetch, remaining):
+            self.placed.append(self.parallel.put_batch(next(self.batches)))
+        return self.placed.popleft()
+
     def _save(self, step: int, state: TrainState) -> None:
-        self.checkpoints.save(step, state, {"config": self.config.to_dict(), "data": self.batches.get_state()})
+        position = self.batches.get_state(unused=len(self.placed))
+        self.checkpoints.save(step, state, {"config": self.config.to_dict(), "data": position})
 
     def _write_samples(self, state: TrainState, nimg: int, writers: Writers | None) -> None:
         """A grid from the EMA with seeds 0, 1, ...; with classes, a class per column."""

@@ -1,18 +1,15 @@
-"""What a run reports: JSON lines, TensorBoard files, and a progress bar or plain lines."""
+"""What a run reports: JSON lines and TensorBoard files."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 
 def write_text(path: Path, text: str) -> None:
@@ -66,56 +63,3 @@ class Writers:
     def close(self) -> None:
         """Write out what is buffered."""
         self._tensorboard.close()
-
-
-class Progress:
-    """A bar on a terminal; plain lines, one per call of ``report``, elsewhere.
-
-    Args:
-      total: images of the whole run.
-      done: images seen before this start.
-      quiet: show nothing (processes other than the first).
-    """
-
-    def __init__(self, total: int, done: int, quiet: bool = False):
-        self._total, self._done, self._start = total, done, done
-        self._began, self._quiet = time.monotonic(), quiet
-        self._bar = None
-        if sys.stderr.isatty() and not quiet:
-            self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0.05)
-
-    def advance(self, done: int) -> None:
-        """``done`` images are seen."""
-        if self._bar is not None:
-            self._bar.update(done - self._done)
-        self._done = done
-
-    def report(self, loss: float, img_per_s: float) -> None:
-        """Say how it goes."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4g}")
-        elif not self._quiet:
-            left = (self._total - self._done) / max(img_per_s, 1e-9)
-            self.say(
-                f"{self._done:>11,} of {self._total:,} images ({self._done / self._total:4.0%})  loss {loss:<8.4g}"
-                f"  {img_per_s:,.0f} img/s  {duration(left)} left"
-            )
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar if there is one."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        elif not self._quiet:
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

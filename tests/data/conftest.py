@@ -1,19 +1,12 @@
 """Small image archives written by hand, and one prepared copy of the digits for all tests of a session."""
 
-import io
 import json
 import zipfile
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
-
-
-def png(pixels: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(out, "png")
-    return out.getvalue()
+from encoded import png
 
 
 class Archives:

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fdm_jax.data.sources import open_source
+from fdm_jax.data.opening import open_source
 from fdm_jax.errors import UserError
 
 SECOND = "00000/img00000001.png"
@@ -43,7 +43,7 @@ def fails(words, path, **options):
 
 def test_unknown_names(tmp_path):
     fails(["'digts'", "did you mean 'digits'?"], "digts")
-    fails(["'imagenet'", "choose one of digits"], "imagenet")
+    fails(["'imagenet'", "choose one of afhqv2, cifar10, digits"], "imagenet")
     for missing in ("cifar10.zip", "data/cifar10"):
         fails(["no zip file or folder is at", missing], str(tmp_path / missing))
     fails(["no zip file or folder is at cifar10.zip"], "cifar10.zip")
@@ -128,12 +128,12 @@ PAIRS = [[f"0000{i // 4}/img{i:08d}.png", 0] for i in range(7)]
 @pytest.mark.parametrize(
     "content, words",
     [
-        (None, ["dataset.json", "is missing from", "use_labels=False"]),
+        (None, ["dataset.json", "is missing from", "class_conditional=False"]),
         (b'{"labels": [', ["dataset.json", "not valid JSON"]),
         (b"\xff\xfe\x00", ["dataset.json", "not valid JSON"]),
         ([], ["dataset.json", 'no "labels"']),
         ({"label": []}, ["dataset.json", 'no "labels"']),
-        ({"labels": None}, ["dataset.json", "null", "use_labels=False"]),
+        ({"labels": None}, ["dataset.json", "null", "class_conditional=False"]),
         ({"labels": {"a": 1}}, ["dataset.json", 'not {"a": 1}']),
         ({"labels": [*PAIRS, ["x.png"]]}, ["dataset.json", '["x.png"]', "[file name, class]"]),
         ({"labels": [*PAIRS, [3, 3]]}, ["dataset.json", "[3, 3]", "[file name, class]"]),

@@ -9,8 +9,8 @@ import pytest
 import sklearn.datasets
 import sklearn.model_selection
 
-from fdm_jax.data.digits import Digits, load_digits_arrays, prepare
-from fdm_jax.data.sources import open_source
+from fdm_jax.data.digits import Digits, load_digits_arrays, prepare_digits
+from fdm_jax.data.opening import open_source
 from fdm_jax.errors import UserError
 
 
@@ -77,16 +77,16 @@ def test_failure_while_preparing_leaves_nothing_and_is_made_good(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(Digits, "_generate_examples", fails)
         with pytest.raises(RuntimeError, match="interrupted"):
-            prepare(tmp_path)
+            prepare_digits(tmp_path)
     assert whole(tmp_path) == []
     assert len(load_digits_arrays("train", tmp_path)[0]) == 1500
 
 
 KILLED = """
 import os, sys, pathlib
-from fdm_jax.data.digits import Digits, prepare
+from fdm_jax.data.digits import Digits, prepare_digits
 Digits._generate_examples = lambda *_: os._exit(9)
-prepare(pathlib.Path(sys.argv[1]))
+prepare_digits(pathlib.Path(sys.argv[1]))
 """
 READS = """
 import sys
@@ -117,8 +117,8 @@ def test_killed_while_preparing_then_two_at_once(tmp_path):
 
 @pytest.mark.parametrize("name", ["digits-train.array_record-00000-of-00001", "dataset_info.json"])
 def test_damaged_files_are_named(tmp_path, name):
-    prepare(tmp_path)
+    prepare_digits(tmp_path)
     path = tmp_path / "digits" / "1.0.0" / name
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"digits in .*1\.0\.0 are damaged: delete that folder"):
+    with pytest.raises(UserError, match=r"data set in .*1\.0\.0 is damaged: delete that folder"):
         load_digits_arrays("train", tmp_path)

@@ -2,7 +2,11 @@
 
 import itertools
 import json
+import pathlib
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -191,3 +195,97 @@ def test_batches_are_read_ahead():
 def test_bad_arguments(options, words):
     with pytest.raises(UserError, match=words):
         batches(**options)
+
+
+def test_three_epochs_with_five_stops_lose_and_repeat_nothing():
+    """Every index three times, whoever reads: 1, 2 or 4 processes, threads or worker processes, stopped anywhere."""
+    rng = np.random.RandomState(0)
+    stops = np.sort(rng.choice(np.arange(1, 3 * N), 5, replace=False))  # batches of 1 at first, to stop anywhere
+    data, seen = batches(batch_size=1), []
+    for stop in [*stops, 3 * N]:
+        seen += labels(data, stop - len(seen)).tolist()
+        state = json.loads(json.dumps(data.get_state()))
+        data.close()
+        data = batches(batch_size=1)
+        data.set_state(state)
+    assert np.bincount(seen, minlength=N).tolist() == [3] * N
+    assert all(sorted(seen[i * N : (i + 1) * N]) == list(range(N)) for i in range(3))
+
+
+def test_stops_with_changing_numbers_of_processes_and_batches_placed_ahead():
+    expected = labels(batches(), 9)
+    seen, state = [], batches().get_state()
+    for steps, count in ((2, 1), (1, 4), (3, 2), (1, 1), (1, 8), (1, 2)):
+        streams = [batches(p, count) for p in range(count)]
+        for stream in streams:
+            stream.set_state(state)
+        seen.append(global_labels(streams, steps))
+        ahead = [next(stream) for stream in streams]  # on the devices, but not trained on
+        assert len({batch["image"].shape for batch in ahead}) == 1
+        states = [stream.get_state(unused=1) for stream in streams]
+        state = json.loads(json.dumps(states[0]))
+        assert all(each == state for each in states)
+    np.testing.assert_array_equal(np.concatenate(seen), expected)
+    assert (np.bincount(expected[: 3 * N]) == 3).all()
+
+
+class Failing(Traced):
+    """As a module's class, for worker processes."""
+
+    def read(self, indices):
+        if 7 in indices:
+            raise UserError("img.png is damaged.")
+        return super().read(indices)
+
+
+def test_worker_processes_read_the_same_and_report_the_same():
+    data = batches(num_workers=2)
+    np.testing.assert_array_equal(labels(data, 7), labels(batches(), 7))
+    state = data.get_state()
+    data.close()
+    assert state["batches"] == 7
+    data.set_state(state)
+    np.testing.assert_array_equal(labels(data, 2), labels(batches(), 9)[7 * G :])
+    data.close()
+    failing = batches(source=Failing(), num_workers=2)
+    before = np.flatnonzero(labels(batches(), 3) == 7)[0] // G
+    labels(failing, before)
+    with pytest.raises(UserError, match="img.png is damaged"):
+        next(failing)
+    assert failing.get_state()["batches"] == before
+    failing.close()
+
+
+ORPHANS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+if __name__ == "__main__":
+    from test_pipeline import batches
+    data = batches(num_workers=2)
+    next(data)
+    print(*(process.pid for process in data._running._pool._processes.values()), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="asks Linux which processes run")
+def test_worker_processes_end_with_a_program_that_was_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ORPHANS)
+    folder = str(pathlib.Path(__file__).parent)
+    with subprocess.Popen([sys.executable, str(script), folder], stdout=subprocess.PIPE, text=True) as program:
+        workers = [int(pid) for pid in program.stdout.readline().split()]
+        program.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended but was not waited for does not."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

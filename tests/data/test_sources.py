@@ -9,7 +9,8 @@ import PIL.Image
 import pytest
 
 from fdm_jax.data.archives import open_archive
-from fdm_jax.data.sources import Cached, FileSource, Subset, XFlip, open_source
+from fdm_jax.data.opening import open_source
+from fdm_jax.data.sources import Cached, FileSource, Subset, XFlip
 
 
 @pytest.fixture(params=["zip", "dir"])

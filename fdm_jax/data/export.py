@@ -1,0 +1,63 @@
+"""Writes a data set as a zip in EDM's layout, which the PyTorch original reads."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from fdm_jax.data.archives import LABELS_FILE
+from fdm_jax.data.sources import Source
+from fdm_jax.errors import UserError
+
+
+def write_zip(source: Source, path: Path, advance: Callable[[int], None] = lambda done: None) -> None:
+    """Writes ``00000/img00000000.png``, ... and ``dataset.json``; the file appears when it is whole.
+
+    Images keep their order and their pixels.  The same set gives the same bytes.
+
+    Args:
+      source: what to write.
+      path: a new file.
+      advance: called with the number of images written so far.
+
+    Raises:
+      UserError: the file is there already, or cannot be written.
+    """
+    if path.suffix != ".zip":
+        raise UserError(f"--out must end in .zip, and is {path}.")
+    if path.exists():
+        raise UserError(f"{path} is there already: delete it, or give another --out.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pairs: list[list[object]] = []
+    try:
+        try:
+            with zipfile.ZipFile(temporary, "w") as out:  # PNGs are packed already
+                for start in range(0, len(source), 256):
+                    batch = source.read(np.arange(start, min(start + 256, len(source))))
+                    for image, label in zip(batch["image"], batch["label"], strict=True):
+                        name = f"{len(pairs) // 1000:05d}/img{len(pairs):08d}.png"
+                        out.writestr(zipfile.ZipInfo(name), _png(image))
+                        pairs.append([name, int(label)])
+                    advance(len(pairs))
+                labels: dict[str, object] = {"labels": pairs if source.spec.num_classes else None}
+                if source.spec.class_names:
+                    labels["class_names"] = list(source.spec.class_names)
+                out.writestr(zipfile.ZipInfo(LABELS_FILE), json.dumps(labels))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # there only if something went wrong
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}).") from error
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "png")
+    return buffer.getvalue()

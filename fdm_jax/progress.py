@@ -1,0 +1,59 @@
+"""How long work goes, for the eye: a bar on a terminal, lines in a log."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar on a terminal; plain lines, one per call of ``report``, elsewhere.
+
+    Args:
+      total: images of the whole work.
+      done: images that were done before this start.
+      quiet: show nothing (processes other than the first).
+    """
+
+    def __init__(self, total: int, done: int, quiet: bool = False):
+        self._total, self._done, self._quiet = total, done, quiet
+        self._bar = None
+        if sys.stderr.isatty() and not quiet:
+            self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0.05)
+
+    def advance(self, done: int) -> None:
+        """``done`` images are done."""
+        if self._bar is not None:
+            self._bar.update(done - self._done)
+        self._done = done
+
+    def report(self, img_per_s: float, note: str = "") -> None:
+        """Say how it goes."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(note.strip())
+        elif not self._quiet:
+            left = (self._total - self._done) / max(img_per_s, 1e-9)
+            self.say(
+                f"{self._done:>11,} of {self._total:,} images ({self._done / self._total:4.0%})  {note}"
+                f"{'  ' if note else ''}{img_per_s:,.0f} img/s  {duration(left)} left"
+            )
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif not self._quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

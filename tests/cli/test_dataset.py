@@ -1,0 +1,154 @@
+"""`fdm dataset`: what it prints, writes and refuses, and training on what it made."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+from encoded import png
+
+from fdm_jax.cli.main import main
+
+RNG = np.random.RandomState(0)
+IMAGES = RNG.randint(0, 256, (40, 8, 8, 1), np.uint8)
+LABELS = np.arange(40) % 3
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Forty grey pictures in folders of three classes."""
+    for i, (image, label) in enumerate(zip(IMAGES, LABELS, strict=True)):
+        path = tmp_path / "photos" / ("cat", "dog", "owl")[label] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(image[..., 0]))
+    return tmp_path / "photos"
+
+
+def fdm(*arguments):
+    return main(["dataset", *map(str, arguments)])
+
+
+def test_from_photos_to_a_trained_model(photos, tmp_path, capsys):
+    data_dir = tmp_path / "data"
+    assert fdm("prepare", "folder", f"--source={photos}", f"--data_dir={data_dir}") == 0
+    said = capsys.readouterr().out
+    assert "folder/photos, 40 images of 8x8x1, 3 classes (cat, dog, owl) (40 train)" in said
+    assert f"--config.data.source=folder/photos --config.data.data_dir={data_dir}" in said
+    assert fdm("prepare", "folder", f"--source={photos}", f"--data_dir={data_dir}") == 0  # again: nothing to do
+    assert "(40 train)" in capsys.readouterr().out
+
+    out = tmp_path / "grid.png"
+    assert fdm("stats", "folder/photos", f"--data_dir={data_dir}", "--json", f"--out={out}") == 0
+    numbers = json.loads(capsys.readouterr().out)
+    values = IMAGES / 127.5 - 1
+    assert numbers["classes"] == {"cat": 14, "dog": 13, "owl": 13} and numbers["images"] == 40
+    np.testing.assert_allclose(numbers["mean"], [values.mean()], rtol=1e-12)
+    np.testing.assert_allclose([numbers["sigma_data"], *numbers["std"]], values.std(), rtol=1e-12)
+    assert len(numbers["metadata"]["sha256"]) == 64
+    grid = np.asarray(PIL.Image.open(out))
+    scale = 64 // 8
+    assert grid.shape == (scale * (8 * 9 + 1), scale * (3 * 9 + 1))
+    for column in range(3):  # a class in each, from the top
+        cell = grid[scale : 9 * scale : scale, scale * (1 + 9 * column) : scale * 9 * (column + 1) : scale]
+        np.testing.assert_array_equal(cell, IMAGES[column][..., 0])
+
+    assert fdm("stats", "folder/photos", f"--data_dir={data_dir}") == 0
+    table = capsys.readouterr().out
+    assert "1  dog" in table and f"--config.family.sigma_data={values.std():.3g}" in table
+
+    exported = tmp_path / "photos.zip"
+    assert fdm("export", "folder/photos", f"--data_dir={data_dir}", f"--out={exported}") == 0
+    assert "40 images" in capsys.readouterr().out
+
+    # The same order and pixels: a run goes on from one form of the data to another.
+    prepared = data_dir / "folder" / "photos" / "1.0.0"
+    shape = ["--config.data.num_classes=3", "--config.log.every_images=16"]
+    for images, source in ((32, prepared), (64, exported), (96, photos)):
+        arguments = tiny.arguments(tmp_path / "run", f"--config.data.source={source}", *shape)
+        arguments.append(f"--config.train.images={images}")
+        assert main([*arguments, "--dry-run"]) == 0
+        assert "40 images of 8x8x1, 3 classes" in capsys.readouterr().out
+        assert main(arguments) == 0
+        said = capsys.readouterr()
+        assert images == 32 or f"Going on from step {images // 16 - 2}" in said.err
+
+
+def test_statistics_of_three_channels_without_classes(archives_zip, capsys):
+    pixels = RNG.randint(0, 256, (9, 4, 4, 3), np.uint8)
+    source = archives_zip({f"{i}.png": png(image) for i, image in enumerate(pixels)})
+    assert fdm("stats", source, "--json") == 0
+    numbers = json.loads(capsys.readouterr().out)
+    values = pixels / 127.5 - 1
+    np.testing.assert_allclose(numbers["mean"], values.mean(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(numbers["std"], values.std(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(numbers["sigma_data"], values.std(), rtol=1e-12)
+    assert numbers["classes"] == {}
+    assert fdm("stats", source) == 0
+    assert "no classes" in capsys.readouterr().out
+
+
+@pytest.fixture
+def archives_zip(tmp_path):
+    import zipfile
+
+    def write(files):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as out:
+            for name, data in files.items():
+                out.writestr(name, data)
+        return tmp_path / "a.zip"
+
+    return write
+
+
+def test_bad_pictures_are_counted(photos, tmp_path, capsys):
+    (photos / "dog" / "zero.png").write_bytes(b"")
+    arguments = ("prepare", "folder", f"--source={photos}", f"--data_dir={tmp_path / 'data'}")
+    assert fdm(*arguments) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("fdm dataset: dog/zero.png in ") and "the file is empty" in said[-1]
+    assert fdm(*arguments, "--skip-bad") == 0
+    said = capsys.readouterr()
+    assert (
+        "Left out: dog/zero.png" in said.err and "Left out in all: 1 bad" in said.out and "(40 train)" in said.out
+    )
+
+
+def test_bench_prints_a_line_for_each_combination(photos, capsys):
+    assert fdm("bench", photos, "--batch-size=4,8", "--threads=1,2", "--images=64", "--cache-mb=1") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["batch_size"], line["threads"]) for line in lines] == [(4, 1), (4, 2), (8, 1), (8, 2)]
+    assert all(line["images_per_second"] > 0 and line["max_rss_mib"] > 10 for line in lines)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["prepare", "cifar10", "--source=/nowhere/c.tar.gz"], "no file or folder is at /nowhere/c.tar.gz"),
+        (["prepare", "folder", "--source=/nowhere"], "no zip file or folder is at /nowhere"),
+        (["prepare", "ffhq64", "--source=x", "--resolution=128"], "ffhq64 is always made in one way"),
+        (["prepare", "folder", "--source=x", "--threads=0"], "--threads must be 1 or more, and is 0"),
+        (["stats", "cifar10"], "cifar10 is not prepared in"),
+        (["stats", "nothing"], "no data set, zip or folder is called 'nothing'"),
+        (["bench", "digits", "--batch-size=64,x"], "--batch-size must be whole numbers from 1"),
+        (["bench", "digits", "--workers=-1"], "--workers must be whole numbers from 0"),
+        (["export", "digits", "--out=digits.tar"], "--out must end in .zip"),
+    ],
+)
+def test_bad_input(capsys, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert fdm(*arguments) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("fdm dataset: ") and sentence in said[0]
+
+
+def test_data_dir_that_cannot_be_written(capsys, photos, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert fdm("prepare", "folder", f"--source={photos}", f"--data_dir={tmp_path / 'file'}") == 2
+    assert "folder/photos cannot be prepared in" in capsys.readouterr().err
+
+
+def test_digits_prepare_themselves(capsys, tmp_path):
+    assert fdm("stats", "digits", "--split=all", f"--data_dir={tmp_path}") == 0
+    said = capsys.readouterr().out
+    assert "1,797 images of 8x8x1, 10 classes" in said and "grey" in said
