@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from fdm_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from fdm_jax.data.sources import DataSpec, Source
+    from fdm_jax.data.sources import Source
 
 HELP = "prepare, describe, export and time data sets"
 
@@ -133,7 +133,7 @@ def prepare(args: argparse.Namespace) -> int:
     prepared = PreparedSource(folder, "all")
     where = "" if args.data_dir == default_data_dir() else f" --config.data.data_dir={args.data_dir}"
     print(
-        f"Prepared {describe(prepared.spec)} ({prepared.splits}), in {time.monotonic() - began:.1f} s.\n"
+        f"Prepared {prepared.spec} ({prepared.splits}), in {time.monotonic() - began:.1f} s.\n"
         f"Their folder: {folder}\nTrain on them with --config.data.source={request.full_name}{where}"
     )
     return 0
@@ -150,18 +150,6 @@ def _open(args: argparse.Namespace, cache_mb: int = 0) -> Source:
         if "labels" not in str(error):
             raise
         return open_source(args.source, use_labels=False, **options)
-
-
-def describe(spec: DataSpec) -> str:
-    """cifar10, 50,000 images of 32x32x3, 10 classes (airplane, ...)"""
-    size = f"{spec.resolution}x{spec.resolution}x{spec.channels}"
-    text = f"{spec.name}, {spec.num_images:,} images of {size}, "
-    if not spec.num_classes:
-        return text + "no classes"
-    names = spec.class_names or ()
-    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    numbers = all(name.isdecimal() for name in names)
-    return text + f"{spec.num_classes} classes" + (f" ({shown})" if shown and not numbers else "")
 
 
 def stats(args: argparse.Namespace) -> int:
@@ -184,7 +172,7 @@ def stats(args: argparse.Namespace) -> int:
             **({"metadata": metadata} if (metadata := getattr(source, "metadata", None)) else {}),
         }))  # fmt: skip
         return 0
-    print(f"{describe(spec)}; split {args.split}")
+    print(f"{spec}; split {args.split}")
     width = max([*map(len, names), 5])
     for i, (name, count) in enumerate(zip(names, result.class_counts, strict=True)):
         name = "" if name == str(i) else name
@@ -208,7 +196,7 @@ def export(args: argparse.Namespace) -> int:
     progress = Progress(len(source), 0)
     write_zip(source, args.out.expanduser(), progress.advance)
     progress.close()
-    print(f"{describe(source.spec)}, in {args.out}.")
+    print(f"{source.spec}, in {args.out}.")
     return 0
 
 

@@ -58,13 +58,16 @@ def use_compile_cache() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command; returns its exit code: 0, or 2 for what the user can mend."""
+    """Run a command; returns its exit code: 0, 2 for what the user can mend, or 130 after Ctrl-C."""
     args = parse(argv)
     try:
         use_compile_cache()
         return args.run(args)
     except UserError as error:
         sentence = str(error)
+    except KeyboardInterrupt:
+        print(f"fdm {args.command}: stopped; the same command begins again or goes on.", file=sys.stderr)
+        return 130
     except Exception as error:
         if not disk_full(error):
             raise

@@ -39,13 +39,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args)
     source = open_data(config)
     experiment = Experiment.from_config(config, source.spec)
-    spec = source.spec
-    classes = f"{spec.num_classes} classes" if spec.num_classes else "no classes"
-    print(
-        f"Data: {spec.name}, {spec.num_images:,} images of {spec.resolution}x{spec.resolution}x{spec.channels}, {classes}. "
-        f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind}.",
-        flush=True,
-    )
+    print(f"Data: {source.spec}. Devices: {jax.device_count()} x {jax.devices()[0].device_kind}.", flush=True)
     if args.dry_run:
         experiment.check_devices(jax.device_count())
         print(to_json(config), end="")

@@ -46,6 +46,16 @@ class DataSpec:
     num_classes: int
     class_names: tuple[str, ...] | None = None
 
+    def __str__(self) -> str:
+        """cifar10, 50,000 images of 32x32x3, 10 classes (airplane, automobile, ...)"""
+        text = f"{self.name}, {self.num_images:,} images of {self.resolution}x{self.resolution}x{self.channels}, "
+        if not self.num_classes:
+            return text + "no classes"
+        names = self.class_names or ()
+        if all(name.isdecimal() for name in names):
+            return text + f"{self.num_classes} classes"
+        return text + f"{self.num_classes} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+
 
 class Source(abc.ABC):
     """An indexable collection of images; safe to read from several threads and to pickle."""

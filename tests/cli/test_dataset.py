@@ -109,9 +109,7 @@ def test_bad_pictures_are_counted(photos, tmp_path, capsys):
     assert said[-1].startswith("fdm dataset: dog/zero.png in ") and "the file is empty" in said[-1]
     assert fdm(*arguments, "--skip-bad") == 0
     said = capsys.readouterr()
-    assert (
-        "Left out: dog/zero.png" in said.err and "Left out in all: 1 bad" in said.out and "(40 train)" in said.out
-    )
+    assert "Left out: dog/zero.png" in said.err and "Left out in all: 1 bad" in said.out and "(40 train)" in said.out
 
 
 def test_bench_prints_a_line_for_each_combination(photos, capsys):

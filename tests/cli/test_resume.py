@@ -11,9 +11,10 @@ from fdm_jax.cli.main import main
 
 
 def test_resumed_run_equals_uninterrupted_run(straight_run, data_dir, tmp_path):
-    """Stopped at steps 3 and 12 of 20, in the middle of an epoch and of the warm-up."""
-    for images in (48, 192, 320):
-        assert main(tiny.arguments(tmp_path / "run", data_dir, f"--config.train.images={images}")) == 0
+    """Stopped at steps 3 and 12 of 20, in the middle of an epoch and of the warm-up; read in other ways in between."""
+    other_ways = ["--config.data.workers=2", "--config.data.device_prefetch=0"]
+    for images, ways in ((48, []), (192, other_ways), (320, [])):
+        assert main(tiny.arguments(tmp_path / "run", data_dir, f"--config.train.images={images}", *ways)) == 0
     assert_same_end(tmp_path / "run", straight_run, 20)
     # Rows are means since the last one, so those at steps that both wrote after a full interval agree.
     straight = {row["step"]: row for row in rows(straight_run)}
@@ -35,7 +36,8 @@ def test_configuration_and_checkpoints_are_kept(straight_run):
     # The average lags behind the parameters, and neither was written over by a later step.
     kernel = "['map_layer0']['kernel']"
     assert np.abs(arrays["['model']['ema']" + kernel] - arrays["['train']['params']" + kernel]).max() > 1e-5
-    earlier, _ = checkpoint(straight_run, 16)
+    earlier, meta = checkpoint(straight_run, 16)
+    assert meta["data"]["batches"] == 16  # although more were on the devices
     assert np.abs(earlier["['train']['params']" + kernel] - arrays["['train']['params']" + kernel]).max() > 1e-5
 
 
