@@ -1,6 +1,7 @@
 """EDM with momentum (EDM-FDM) on DDPM++; --config.momentum.enabled=False is plain EDM.
 
-    fdm train --config=configs/edm.py:cifar10 --workdir=runs/cifar10-edm-fdm --config.data.source=cifar10.zip
+    fdm dataset prepare cifar10 --source=cifar-10-python.tar.gz
+    fdm train --config=configs/edm.py:cifar10 --workdir=runs/cifar10-edm-fdm
 
 Expected FID after 200 Mimg as published, EDM-FDM (plain EDM): CIFAR-10 1.79 (1.88) at 35 NFE, FFHQ 64x64 2.59 (2.65),
 AFHQv2 64x64 1.93 (2.37) at 79 NFE.  `fdm plan` with the same arguments says what a run needs.

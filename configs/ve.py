@@ -1,6 +1,7 @@
 """VE with momentum (VE-FDM) on NCSN++; --config.momentum.enabled=False is plain VE.
 
-    fdm train --config=configs/ve.py:cifar10 --workdir=runs/cifar10-ve-fdm --config.data.source=cifar10.zip
+    fdm dataset prepare cifar10 --source=cifar-10-python.tar.gz
+    fdm train --config=configs/ve.py:cifar10 --workdir=runs/cifar10-ve-fdm
 
 Expected FID after 200 Mimg as published, VE-FDM (plain VE): CIFAR-10 2.85 (3.09) at 35 NFE, FFHQ 64x64 3.04 (38.97),
 AFHQv2 64x64 47.30 (57.48) at 79 NFE.  `fdm plan` with the same arguments says what a run needs.

@@ -1,6 +1,7 @@
 """VP with momentum (VP-FDM) on DDPM++; --config.momentum.enabled=False is plain VP.
 
-    fdm train --config=configs/vp.py:cifar10 --workdir=runs/cifar10-vp-fdm --config.data.source=cifar10.zip
+    fdm dataset prepare cifar10 --source=cifar-10-python.tar.gz
+    fdm train --config=configs/vp.py:cifar10 --workdir=runs/cifar10-vp-fdm
 
 Expected FID after 200 Mimg as published, VP-FDM (plain VP): CIFAR-10 2.08 (2.15) at 35 NFE, FFHQ 64x64 2.43 (2.69),
 AFHQv2 64x64 2.39 (2.61) at 79 NFE.  `fdm plan` with the same arguments says what a run needs.

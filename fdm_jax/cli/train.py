@@ -1,7 +1,7 @@
 """Train a model, or go on training it: the same command again continues the run from its newest checkpoint.
 
   fdm train --config=configs/edm.py:digits --workdir=runs/digits
-  fdm train --config=configs/edm.py:cifar10 --workdir=runs/cifar10 --config.data.source=cifar10.zip
+  fdm train --config=configs/edm.py:cifar10 --workdir=runs/cifar10 --config.data.source=my-images.zip
 
 The workdir receives checkpoints, metrics.jsonl, TensorBoard files, grids of samples and the configuration.
 Ctrl-C and SIGTERM save before they end the run.
