@@ -20,6 +20,7 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of everything random: parameters, data order, noise
     config.parallel = "jit"  # how several devices are used: jit (over a mesh) or pmap
+    config.init_from = placeholder(str)  # a workdir whose averaged weights a new run starts from
     config.warmup_steps = 0  # FDM's loss-weight warm-up, in optimiser steps; 0: none
 
     config.family = ConfigDict()
@@ -41,7 +42,8 @@ def default_config() -> ConfigDict:
     config.network.dtype = "float32"  # compute type of the convolutions: float32 or bfloat16
 
     config.augment = ConfigDict()
-    config.augment.probability = 0.0  # of each geometric augmentation; 0: none, and no augment labels
+    config.augment.probability = 0.0  # of each geometric augmentation; 0: none
+    config.augment.labels = placeholder(bool)  # whether the network takes the labels; not set: if there is augmentation
 
     config.data = ConfigDict()
     config.data.source = "digits"  # the name of a prepared data set, or the path of one, of a zip or of a folder

@@ -24,7 +24,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # What may differ between a run and its continuation: how long it goes, what it reports, where its data lies, and
 # how its work is cut up, which changes numbers by rounding only.
 FREE_FIELDS = (
-    "train.images", "train.accumulation", "train.max_bad_steps", "log.", "checkpoint.", "samples.", "parallel",
+    "init_from", "train.images", "train.accumulation", "train.max_bad_steps", "log.", "checkpoint.", "samples.", "parallel",
     "data.source", "data.data_dir", "data.cache_mb", "data.threads", "data.workers", "data.device_prefetch",
 )  # fmt: skip
 
@@ -86,11 +86,14 @@ class Experiment:
         spec = _train_spec(config, shape["num_classes"])
         if config.network.dtype not in DTYPES:
             raise UserError(f"network.dtype is {config.network.dtype!r}: {nearest(config.network.dtype, DTYPES)}")
+        if spec.augment_probability > 0 and config.augment.labels is False:
+            raise UserError("augment.labels is False, but without its labels augmentation would leak into the samples.")
+        takes_augment_labels = config.augment.labels or spec.augment_probability > 0
         network = SongUNet(
             resolution=shape["resolution"],
             channels=shape["channels"],
             label_dim=shape["num_classes"],
-            augment_dim=NUM_LABELS if spec.augment_probability > 0 else 0,
+            augment_dim=NUM_LABELS if takes_augment_labels else 0,
             **{k: v for k, v in config.network.items() if k != "dtype"},
             dtype=DTYPES[config.network.dtype],
         )
@@ -174,9 +177,13 @@ def open_data(config: ConfigDict, split: str | None = None) -> Source:
 def differing_fields(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Fields, with both values, that keep run ``b`` from continuing run ``a``; arguments as of ``config.to_dict()``."""
     flat_a, flat_b = flatten(json.loads(json.dumps(a))), flatten(json.loads(json.dumps(b)))
-    absent = "(not set)"
+    # A field that an earlier version did not have is like one that is not set.
     return [
-        f"{name} ({flat_a.get(name, absent)} there, {flat_b.get(name, absent)} here)"
+        f"{name} ({_shown(flat_a.get(name))} there, {_shown(flat_b.get(name))} here)"
         for name in sorted(flat_a.keys() | flat_b.keys())
-        if flat_a.get(name, absent) != flat_b.get(name, absent) and not name.startswith(FREE_FIELDS)
+        if flat_a.get(name) != flat_b.get(name) and not name.startswith(FREE_FIELDS)
     ]
+
+
+def _shown(value: Any) -> str:
+    return "(not set)" if value is None else str(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import keyword
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from fdm_jax import __version__
 from fdm_jax.errors import UserError
 
-COMMANDS = ("train", "generate", "dataset", "plan", "bench", "demo")
+COMMANDS = ("train", "generate", "dataset", "import", "export", "plan", "bench", "demo")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -25,7 +26,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"fdm_jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        module = importlib.import_module(f"fdm_jax.cli.{name}")
+        module = importlib.import_module(f"fdm_jax.cli.{name}_" if keyword.iskeyword(name) else f"fdm_jax.cli.{name}")
         sub = commands.add_parser(name, help=module.HELP, description=module.__doc__, formatter_class=_Formatter)
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir", required=True, type=Path, metavar="DIR", help="where everything of the run is kept"
     )
     parser.add_argument(
+        "--init_from", "--init-from", metavar="DIR", help="start from the averaged weights in another workdir"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check configuration, data and devices, print them, and stop there"
     )
 
@@ -36,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax.experiment import Experiment, open_data
     from fdm_jax.training.loop import train
 
+    if args.init_from:
+        args.overrides.append(f"--config.init_from={args.init_from}")
     config = load(args)
     source = open_data(config)
     experiment = Experiment.from_config(config, source.spec)

@@ -10,9 +10,10 @@ The original interleaves q, k and v (channel 3 c + {0, 1, 2}); ours are three bl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from fdm_jax.errors import UserError
@@ -64,3 +65,34 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[leaf] = value
     return variables
+
+
+def to_torch(variables: Mapping[str, Any], resample_filter: Sequence[int]) -> dict[str, np.ndarray]:
+    """The original's state dict of a :class:`~fdm_jax.networks.SongUNet`: the inverse of :func:`from_torch`.
+
+    Args:
+      variables: {"params": ..., and "constants" for NCSN++}.
+      resample_filter: taps of the network's up- and downsampling, which the original keeps with its convolutions.
+
+    Returns:
+      float32 arrays under the original's names, without a leading ``model.``; its ``SongUNet`` loads them strictly.
+    """
+    state: dict[str, np.ndarray] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        *modules, kind = (str(key.key) for key in path)
+        value = np.asarray(leaf)
+        value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+        if modules[-1] == "qkv":  # [j C + c, ...] -> [3 c + j, ...]
+            value = value.reshape(3, -1, *value.shape[1:]).swapaxes(0, 1).reshape(value.shape)
+        if modules[0].startswith(("enc_", "dec_")):
+            modules = [modules[0][:3], modules[0][4:], *modules[1:]]
+        prefix = ".".join(module for module in modules if module != "attention")
+        state[f"{prefix}.{'bias' if kind == 'bias' else 'weight'}"] = np.ascontiguousarray(value)
+        block = modules[1] if len(modules) > 1 else ""
+        resamples = block.endswith(("_down", "_up")) and modules[-1] in ("conv0", "skip")
+        if kind == "kernel" and (resamples or block.endswith("_aux_residual")):
+            taps = np.outer(resample_filter, resample_filter).astype(np.float32)
+            state[f"{prefix}.resample_filter"] = (taps / taps.sum())[None, None]
+    if "constants" in variables:
+        state["map_noise.freqs"] = np.asarray(variables["constants"]["map_noise"]["freqs"])
+    return state

@@ -75,6 +75,18 @@ class Checkpoints:
             ),
         )
 
+    def save_model(self, step: int, variables: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Write a checkpoint that has no "train" part, of {"params": ..., ...constants}; a run starts from it, not on."""
+        constants = {name: value for name, value in variables.items() if name != "params"}
+        model = {"ema": variables["params"], "constants": constants}
+        self._manager.save(
+            step, args=ocp.args.Composite(model=ocp.args.StandardSave(model), meta=ocp.args.JsonSave(meta))
+        )
+
+    def delete(self, step: int) -> None:
+        """Remove one checkpoint."""
+        self._manager.delete(step)
+
     def wait(self) -> None:
         """Wait until what was started is written; raises what went wrong."""
         self._manager.wait_until_finished()
@@ -177,6 +189,22 @@ class Checkpoints:
                 shutil.rmtree(target)
             (self._directory / str(step)).rename(target)
         self._manager.reload()
+
+
+def check_alike(found: Any, wanted: Any, what: str) -> None:
+    """Refuse variables whose names or shapes are not those of ``wanted``; ``what`` names the latter in the error.
+
+    Raises:
+      UserError: naming the first that differs.
+    """
+    shapes = [
+        {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (found, wanted))
+    ]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        ours, theirs = (each.get(name, "absent") for each in shapes)
+        if ours != theirs:
+            raise UserError(f"the tensors are not those of {what}: {name} is {ours}, and should be {theirs}.")
 
 
 def read_config(workdir: Path) -> dict[str, Any]:

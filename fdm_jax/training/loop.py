@@ -23,7 +23,7 @@ from fdm_jax.errors import UserError
 from fdm_jax.experiment import Experiment, differing_fields
 from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
-from fdm_jax.training.checkpoints import Checkpoints
+from fdm_jax.training.checkpoints import Checkpoints, check_alike
 from fdm_jax.training.parallel import make_mesh, parallelise, replicated
 from fdm_jax.training.step import TrainState, init_state, make_train_step
 from fdm_jax.training.writers import Writers, write_text
@@ -96,6 +96,11 @@ class _Run:
 
     def _check_config(self) -> None:
         meta = self.checkpoints.latest_meta()
+        if meta is not None and "data" not in meta:
+            raise UserError(
+                f"{self.workdir} holds an imported model, which has no state of training to go on from: start from it "
+                f"with --init_from={self.workdir} and another --workdir."
+            )
         if meta is not None:
             fields = differing_fields(meta["config"], self.config.to_dict())
             if fields:
@@ -119,6 +124,8 @@ class _Run:
         restored = self.checkpoints.restore(like)
         if restored is None:
             state = init()
+            if self.config.init_from:
+                state = self._with_weights_of(state, Path(self.config.init_from).expanduser())
             if self.main:
                 overview = clu.parameter_overview.get_parameter_overview(state.params, include_stats=False)
                 write_text(self.workdir / "parameters.txt", overview + "\n")
@@ -128,6 +135,21 @@ class _Run:
         state, meta = restored
         self.batches.set_state(meta["data"])
         return state
+
+    def _with_weights_of(self, state: TrainState, workdir: Path) -> TrainState:
+        """The first state of a run with the averaged weights of another."""
+        step, variables, _ = Checkpoints(workdir / "checkpoints", read_only=True).restore_model()
+        try:
+            check_alike(variables, {"params": state.params, **state.constants}, "this configuration's network")
+        except UserError as error:
+            raise UserError(f"init_from={workdir} cannot be used: {error}") from error
+        if self.main:
+            print(f"Weights: the average of {workdir}, step {step:,}.", flush=True)
+        constants = {name: value for name, value in variables.items() if name != "params"}
+        whole = replicated(self.mesh)
+        # Two copies, since each is given away to the first step.
+        params, ema = (jax.device_put(variables["params"], whole, may_alias=False) for _ in range(2))
+        return state.replace(params=params, ema=ema, constants=jax.device_put(constants, whole))
 
     def train(self) -> bool:
         state = self._initial_state()

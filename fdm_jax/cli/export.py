@@ -1,0 +1,40 @@
+"""Write the averaged weights (EMA) of a run for PyTorch users, under the names of the original's SongUNet.
+
+  fdm export --workdir=runs/cifar10 --format=safetensors --out=cifar10.safetensors
+  fdm export --workdir=runs/cifar10 --format=torch --out=cifar10.pt
+
+FILE.json beside it says how to build the network and what goes around it.  `torch` writes a plain state dict, and needs
+torch; the original's SongUNet loads it with strict=True.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "write a model for PyTorch users"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="workdir of the run")
+    parser.add_argument(
+        "--format", choices=("safetensors", "torch"), default="safetensors", help="default: %(default)s"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new file, .safetensors or .pt")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from absl import logging
+
+    from fdm_jax.interop.files import export_model
+    from fdm_jax.training.checkpoints import read_config
+
+    logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
+    read_config(args.workdir)
+    description = export_model(args.workdir.expanduser(), args.out.expanduser(), args.format, args.checkpoint)
+    print(
+        f"{description['preconditioning']['class']} of step {description['checkpoint']:,} in {args.out}, "
+        f"described in {args.out.name}.json."
+    )
+    return 0

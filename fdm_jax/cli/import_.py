@@ -1,0 +1,40 @@
+"""Turn a model file into a workdir that generates like one trained here.
+
+  fdm import network-snapshot-200000.pkl --workdir=runs/authors      a snapshot of FDM or EDM
+  fdm import model.safetensors --workdir=runs/copy                   what `fdm export` wrote
+
+Snapshots are pickles that carry programs: none of them is run.  Reading one needs torch for the numbers in it.
+A new run starts from an import with `fdm train --init_from=DIR`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "turn a PyTorch snapshot, or an export, into a workdir"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="network-snapshot-*.pkl, *.safetensors or *.pt")
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="a new workdir")
+
+
+def run(args: argparse.Namespace) -> int:
+    import jax
+    from absl import logging
+
+    from fdm_jax.interop.files import import_model
+
+    logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
+    model = import_model(args.file.expanduser(), args.workdir.expanduser())
+    family, network = model.config.family.name.upper(), model.network
+    momentum = model.family.momentum
+    kind = f"{family}-FDM with multiplier {momentum.multiplier:g}" if momentum else family
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.variables["params"]))
+    labels = f"{network.label_dim} classes" if network.label_dim else "no classes"
+    print(
+        f"{kind} on {network.preset}, {count:,} parameters, "
+        f"{network.resolution}x{network.resolution}x{network.channels} images, {labels}: in {args.workdir}."
+    )
+    return 0

@@ -1,0 +1,186 @@
+"""Models in files: written for PyTorch users, and read back from there or from the original's snapshots."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fdm_jax import __version__
+from fdm_jax.defaults import from_dict, to_json
+from fdm_jax.errors import UserError
+from fdm_jax.interop.models import Model, load_snapshot
+from fdm_jax.interop.state_dict import from_torch, to_torch
+from fdm_jax.networks.song_unet import PRESETS
+from fdm_jax.training.checkpoints import Checkpoints
+
+FORMATS = {"safetensors": ".safetensors", "torch": ".pt"}
+_FORMAT = "fdm_jax model, version 1"
+
+
+def load_model(path: Path) -> Model:
+    """A model from a snapshot (``.pkl``) or from a file of :func:`export_model`.
+
+    Raises:
+      UserError: the file is of neither kind, damaged, or does not describe a network that there is here.
+    """
+    if path.suffix not in FORMATS.values():
+        return load_snapshot(path)
+    description = _read_description(path)
+    try:
+        state = _load_torch(path) if path.suffix == ".pt" else _load_safetensors(path)
+        return Model.from_config(from_dict(description["config"]), from_torch(state))
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
+    except Exception as error:  # torch and safetensors have errors of their own for damaged files
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path} is damaged or incomplete, or not what its description says ({reason}).") from error
+
+
+def import_model(path: Path, workdir: Path) -> Model:
+    """Loads a model and writes it as the workdir of a run that is over: generation and evaluation take it as any other.
+
+    Raises:
+      UserError: see :func:`load_model`; or the workdir holds something already.
+    """
+    if (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds a run already: give another --workdir.")
+    model = load_model(path)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    for step in checkpoints.steps():  # of an import that was stopped: config.json comes last
+        checkpoints.delete(step)
+    meta = {"config": model.config.to_dict(), "imported": path.name}
+    checkpoints.save_model(0, dict(model.variables), meta)
+    checkpoints.close()
+    _write(workdir / "config.json", lambda file: file.write_text(to_json(model.config)))
+    return model
+
+
+def export_model(workdir: Path, path: Path, kind: str, step: int | None = None) -> dict[str, Any]:
+    """Writes a checkpoint's average under the original's names, and beside it ``PATH.json``, which describes it.
+
+    Args:
+      workdir: of a run or an import.
+      path: a new file.
+      kind: a key of :data:`FORMATS`.
+      step: of the checkpoint; the newest by default.
+
+    Returns:
+      The description.
+
+    Raises:
+      UserError: no such checkpoint, torch is missing, or a file is there already or cannot be written.
+    """
+    if path.suffix != FORMATS[kind]:
+        raise UserError(f"--out must end in {FORMATS[kind]} for --format={kind}, and is {path}.")
+    beside = path.with_name(f"{path.name}.json")
+    for file in (path, beside):
+        if file.exists():
+            raise UserError(f"{file} is there already: delete it, or give another --out.")
+    step, variables, meta = Checkpoints(workdir / "checkpoints", read_only=True).restore_model(step)
+    model = Model.from_config(from_dict(meta["config"]), variables)
+    state = to_torch(model.variables, PRESETS[model.network.preset]["resample_filter"])
+    description = {
+        "format": _FORMAT,
+        "written_by": f"fdm_jax {__version__}",
+        "checkpoint": step,
+        "SongUNet": original_arguments(model),
+        "preconditioning": original_preconditioning(model),
+        "config": model.config.to_dict(),
+    }
+    _write(path, lambda file: _save_torch(state, file) if kind == "torch" else _save_safetensors(state, file))
+    _write(beside, lambda file: file.write_text(json.dumps(description, indent=2) + "\n"))
+    return description
+
+
+def original_arguments(model: Model) -> dict[str, Any]:
+    """Keyword arguments that make the original's ``SongUNet`` of the same shape."""
+    network, preset = model.network, PRESETS[model.network.preset]
+    names = ("label_dim", "augment_dim", "model_channels", "channel_mult_emb", "num_blocks", "dropout", "label_dropout")
+    return {
+        "img_resolution": network.resolution, "in_channels": network.channels, "out_channels": network.channels,
+        **{name: getattr(network, name) for name in names},
+        "channel_mult": list(network.channel_mult), "attn_resolutions": list(network.attn_resolutions),
+        "embedding_type": preset["embedding"], "channel_mult_noise": preset["channel_mult_noise"],
+        "encoder_type": "residual" if preset["residual"] else "standard", "decoder_type": "standard",
+        "resample_filter": list(preset["resample_filter"]),
+    }  # fmt: skip
+
+
+def original_preconditioning(model: Model) -> dict[str, Any]:
+    """The original's class around the network, and what it takes."""
+    family, momentum = model.family, model.family.momentum
+    name = f"{model.config.family.name.upper()}Precond"
+    fields = {field: value for field, value in vars(family).items() if field != "momentum"}
+    if momentum is None:
+        return {"class": name, **fields}
+    return {"class": f"FDM_{name}", **fields, "fdm_multiplier": momentum.multiplier}
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    beside = path.with_name(f"{path.name}.json")
+    if not path.exists():
+        raise UserError(f"There is no file {path}.")
+    try:
+        description = json.loads(beside.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{beside}, which describes {path.name}, is missing: keep the two together.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{beside} cannot be read: {error}.") from error
+    if not isinstance(description, dict) or description.get("format") != _FORMAT:
+        raise UserError(f"{beside} is not the description of a file that `fdm export` wrote.")
+    return description
+
+
+def _load_safetensors(path: Path) -> Mapping[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def _save_safetensors(state: Mapping[str, np.ndarray], path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file(dict(state), path)
+
+
+def _torch(purpose: str) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"To {purpose}, torch must be installed: pip install torch (the build for CPUs does), or "
+            'pip install "fdm_jax[torch]".'
+        ) from error
+    return torch
+
+
+def _load_torch(path: Path) -> Mapping[str, np.ndarray]:
+    state = _torch("read a .pt file").load(path, map_location="cpu", weights_only=True)
+    return {name: tensor.numpy() for name, tensor in state.items()}
+
+
+def _save_torch(state: Mapping[str, np.ndarray], path: Path) -> None:
+    torch = _torch("write a .pt file")
+    torch.save({name: torch.from_numpy(np.array(value)) for name, value in state.items()}, path)
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets ``write`` fill a file beside the final one, then renames it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # there only if something went wrong
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error

@@ -1,0 +1,219 @@
+"""Models of the PyTorch original as ours: the configuration, the family and the variables that a snapshot describes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from fdm_jax.augment import NUM_LABELS
+from fdm_jax.defaults import default_config
+from fdm_jax.denoiser import make_denoise_fn
+from fdm_jax.errors import UserError
+from fdm_jax.experiment import Experiment
+from fdm_jax.families import Family
+from fdm_jax.interop.snapshots import Persistent, Snapshot, read_snapshot, submodule, tensors
+from fdm_jax.interop.state_dict import from_torch
+from fdm_jax.networks.song_unet import PRESETS, SongUNet
+from fdm_jax.training.checkpoints import check_alike
+
+# Positional parameters of the original's constructors, and what they default to.
+_NETWORK_ARGUMENTS: dict[str, Any] = {
+    "img_resolution": None, "in_channels": None, "out_channels": None, "label_dim": 0, "augment_dim": 0,
+    "model_channels": 128, "channel_mult": [1, 2, 2, 2], "channel_mult_emb": 4, "num_blocks": 4,
+    "attn_resolutions": [16], "dropout": 0.10, "label_dropout": 0, "embedding_type": "positional",
+    "channel_mult_noise": 1, "encoder_type": "standard", "decoder_type": "standard", "resample_filter": [1, 1],
+}  # fmt: skip
+_FAMILIES = {"VPPrecond": "vp", "VEPrecond": "ve", "EDMPrecond": "edm"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A trained denoiser.
+
+    Attributes:
+      config: a configuration that builds it.
+      family, network: see there.
+      variables: {"params": ..., and "constants" for NCSN++} of float32 arrays, as ``network.apply`` takes them.
+    """
+
+    config: ConfigDict
+    family: Family
+    network: SongUNet
+    variables: Mapping[str, Any]
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, variables: Mapping[str, Any]) -> Model:
+        """Builds the parts, and checks that the variables are those of the network.
+
+        Raises:
+          UserError: a parameter is missing, left over, or of another shape.
+        """
+        experiment = Experiment.from_config(config)
+        network = experiment.network
+        height, width, channels = experiment.image_shape
+        wanted = jax.eval_shape(
+            network.init, jax.random.key(0), jnp.zeros((1, height, width, channels)), jnp.zeros(1)
+        )  # fmt: skip
+        check_alike(variables, wanted, "the network that it describes")
+        return cls(experiment.config, experiment.family, network, variables)
+
+    @functools.cached_property
+    def _denoise(self) -> Callable[..., jax.Array]:
+        @jax.jit
+        def denoise(variables: Any, *args: Any) -> jax.Array:
+            return make_denoise_fn(self.family, functools.partial(self.network.apply, variables))(*args)
+
+        return denoise
+
+    def denoise(
+        self,
+        x: jax.Array,
+        sigma: jax.Array | float,
+        class_labels: jax.Array | None = None,
+        augment_labels: jax.Array | None = None,
+    ) -> jax.Array:
+        """D(x; sigma), compiled.
+
+        Args:
+          x: y + sigma n, [B, H, W, C].
+          sigma: a scalar or [B].
+          class_labels: one-hot [B, label_dim]; None for no class.
+          augment_labels: [B, 9]; None for not augmented.
+
+        Returns:
+          [B, H, W, C].
+        """
+        return self._denoise(self.variables, jnp.asarray(x), jnp.asarray(sigma), class_labels, augment_labels)
+
+
+def load_snapshot(path: str | Path, load_storage: Callable[[bytes], np.ndarray] | None = None) -> Model:
+    """A snapshot of FDM or EDM (``network-snapshot-*.pkl``) as a model; nothing in the file is executed.
+
+    Args:
+      path: the file.
+      load_storage: see :func:`fdm_jax.interop.snapshots.read_snapshot`.
+
+    Raises:
+      UserError: see there; or the network is of another architecture, or its tensors do not fit.
+    """
+    path = Path(path)
+    snapshot = read_snapshot(path, load_storage)
+    try:
+        return Model.from_config(config_of(snapshot), from_torch(tensors(snapshot.ema)))
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # values of the wrong kind in a description
+        reason = " ".join(f"{error}".split())[:150]
+        raise UserError(f"{path} cannot be used, for its description of the model does not fit ({reason}).") from error
+
+
+def config_of(snapshot: Snapshot) -> ConfigDict:
+    """The configuration that a snapshot's network, family and training come from.
+
+    Raises:
+      UserError: an architecture that is not here, or a value that is not understood.
+    """
+    ema = snapshot.ema
+    name = ema.class_name
+    plain = name.removeprefix("FDM_")
+    if plain not in _FAMILIES:
+        raise UserError(f"its network is a {name:.60}, and {', '.join(_FAMILIES)} with or without FDM_ are known.")
+    config = default_config()
+    _set_network(config, ema)
+    _set_family(config, _FAMILIES[plain], ema)
+    _set_momentum(config, ema if plain != name else None)
+    if snapshot.augment is not None and config.augment.labels:
+        config.augment.probability = float(snapshot.augment.state.get("p", 0.0))
+    if snapshot.loss is not None:
+        config.warmup_steps = int(snapshot.loss.state.get("warmup_ite") or 0)
+        for field in ("P_mean", "P_std"):
+            if config.family.name == "edm" and field in snapshot.loss.state:
+                config.family[field] = float(snapshot.loss.state[field])
+    return config
+
+
+def _set_network(config: ConfigDict, ema: Persistent) -> None:
+    model = submodule(ema, "model")
+    if model is None or model.class_name != "SongUNet":
+        kind = model.class_name if model is not None else "network of an unknown kind"
+        raise UserError(f"it holds a {kind:.60}; SongUNet (DDPM++, NCSN++) is what there is here, not ADM.")
+    given = dict(zip(_NETWORK_ARGUMENTS, model.state.get("_init_args") or (), strict=False)) | model.arguments
+    unknown = [field for field in given if field not in _NETWORK_ARGUMENTS]
+    if unknown:
+        raise UserError(f"its network was made with {unknown[0]!r:.60}, which SongUNet does not have.")
+    arguments = _NETWORK_ARGUMENTS | given
+    if arguments["in_channels"] != arguments["out_channels"]:
+        raise UserError("its network gives another number of channels than it takes.")
+    parts = {
+        "embedding": arguments["embedding_type"],
+        "channel_mult_noise": arguments["channel_mult_noise"],
+        "residual": {"standard": False, "residual": True}.get(arguments["encoder_type"]),
+        "resample_filter": tuple(arguments["resample_filter"]),
+    }
+    presets = [preset for preset, fields in PRESETS.items() if fields == parts]
+    if not presets or arguments["decoder_type"] != "standard":
+        raise UserError(
+            f"its network is neither DDPM++ nor NCSN++ ({parts}, decoder {arguments['decoder_type']!r:.20})."
+        )
+    config.network.update(
+        preset=presets[0],
+        channel_mult=tuple(arguments["channel_mult"]),
+        attn_resolutions=tuple(arguments["attn_resolutions"]),
+        dropout=float(arguments["dropout"]),
+        label_dropout=float(arguments["label_dropout"]),
+        **{field: int(arguments[field]) for field in ("model_channels", "channel_mult_emb", "num_blocks")},
+    )
+    config.data.update(
+        source="imported",
+        resolution=int(arguments["img_resolution"]),
+        channels=int(arguments["in_channels"]),
+        class_conditional=bool(arguments["label_dim"]),
+        num_classes=int(arguments["label_dim"]) or None,
+    )
+    if arguments["augment_dim"] not in (0, NUM_LABELS):
+        raise UserError(
+            f"its network has {arguments['augment_dim']!r:.20} augment labels, and 0 or {NUM_LABELS} are known."
+        )
+    config.augment.labels = bool(arguments["augment_dim"])
+
+
+def _set_family(config: ConfigDict, name: str, ema: Persistent) -> None:
+    fields = {
+        "vp": {"beta_d": "beta_d", "beta_min": "beta_min", "epsilon_t": "epsilon_t", "M": "num_scales"},
+        "ve": {"sigma_min": "lowest", "sigma_max": "highest"},
+        "edm": {"sigma_data": "sigma_data", "sigma_min": "lowest", "sigma_max": "highest"},
+    }[name]
+    config.family.name = name
+    for theirs, ours in fields.items():
+        value = ema.state.get(theirs)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"its {theirs} is no number.")
+        # Plain EDM has no range (0 to infinity there); ours has one that only momentum's clock uses.
+        if not (ours in ("lowest", "highest") and (value <= 0 or math.isinf(value))):
+            config.family[ours] = int(value) if ours == "num_scales" else float(value)
+
+
+def _set_momentum(config: ConfigDict, ema: Persistent | None) -> None:
+    config.momentum.enabled = ema is not None
+    if ema is None:
+        return
+    rates = {"fdm_beta_d": 19.9, "fdm_beta_min": 0.1}
+    for field, known in rates.items():
+        if ema.state.get(field, known) != known:
+            raise UserError(
+                f"its {field} is {ema.state[field]!r:.20}, and momentum with {known} is what there is here."
+            )
+    # The original's VE takes a multiplier and does not use it.
+    multiplier = 1.0 if config.family.name == "ve" else ema.state.get("fdm_multiplier", 1.0)
+    config.momentum.multiplier = float(multiplier)
