@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 def prepare(args: argparse.Namespace) -> int:
     """``fdm dataset prepare``."""
     from fdm_jax.cli.main import disk_full
-    from fdm_jax.data.prepared import PreparedSource
+    from fdm_jax.data.prepared import PreparedSource, find_prepared
     from fdm_jax.data.preparing import Request, prepare_dataset
     from fdm_jax.user_dirs import default_data_dir
 
@@ -117,6 +117,7 @@ def prepare(args: argparse.Namespace) -> int:
     request = Request(
         source=args.source.expanduser(), classes=classes, **{option: getattr(args, option) for option in options}
     )
+    before = find_prepared(request.full_name, args.data_dir)
     began = time.monotonic()
     try:
         folder, left_out = prepare_dataset(request, args.data_dir)
@@ -132,8 +133,9 @@ def prepare(args: argparse.Namespace) -> int:
         print(f"Left out in all: {len(left_out):,} bad pictures.")
     prepared = PreparedSource(folder, "all")
     where = "" if args.data_dir == default_data_dir() else f" --config.data.data_dir={args.data_dir}"
+    took = f"in {time.monotonic() - began:.1f} s" if before is None else "before: delete its folder to make it anew"
     print(
-        f"Prepared {prepared.spec} ({prepared.splits}), in {time.monotonic() - began:.1f} s.\n"
+        f"Prepared {prepared.spec} ({prepared.splits}), {took}.\n"
         f"Their folder: {folder}\nTrain on them with --config.data.source={request.full_name}{where}"
     )
     return 0

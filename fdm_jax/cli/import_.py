@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
     model = import_model(args.file.expanduser(), args.workdir.expanduser())
-    family, network = model.config.family.name.upper(), model.network
+    family, network = model.config["family"]["name"].upper(), model.network
     momentum = model.family.momentum
     kind = f"{family}-FDM with multiplier {momentum.multiplier:g}" if momentum else family
     count = sum(leaf.size for leaf in jax.tree.leaves(model.variables["params"]))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from fdm_jax import __version__
-from fdm_jax.defaults import from_dict, to_json
 from fdm_jax.errors import UserError
 from fdm_jax.interop.models import Model, load_snapshot
 from fdm_jax.interop.state_dict import from_torch, to_torch
@@ -33,7 +32,7 @@ def load_model(path: Path) -> Model:
     description = _read_description(path)
     try:
         state = _load_torch(path) if path.suffix == ".pt" else _load_safetensors(path)
-        return Model.from_config(from_dict(description["config"]), from_torch(state))
+        return Model.from_config(description["config"], from_torch(state))
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     except Exception as error:  # torch and safetensors have errors of their own for damaged files
@@ -57,10 +56,12 @@ def import_model(path: Path, workdir: Path) -> Model:
     checkpoints = Checkpoints(workdir / "checkpoints")
     for step in checkpoints.steps():  # of an import that was stopped: config.json comes last
         checkpoints.delete(step)
-    meta = {"config": model.config.to_dict(), "imported": path.name}
+    meta = {"config": model.config, "imported": path.name}
     checkpoints.save_model(0, dict(model.variables), meta)
     checkpoints.close()
-    _write(workdir / "config.json", lambda file: file.write_text(to_json(model.config)))
+    _write(
+        workdir / "config.json", lambda file: file.write_text(json.dumps(model.config, indent=2, sort_keys=True) + "\n")
+    )
     return model
 
 
@@ -86,7 +87,7 @@ def export_model(workdir: Path, path: Path, kind: str, step: int | None = None) 
         if file.exists():
             raise UserError(f"{file} is there already: delete it, or give another --out.")
     step, variables, meta = Checkpoints(workdir / "checkpoints", read_only=True).restore_model(step)
-    model = Model.from_config(from_dict(meta["config"]), variables)
+    model = Model.from_config(meta["config"], variables)
     state = to_torch(model.variables, PRESETS[model.network.preset]["resample_filter"])
     description = {
         "format": _FORMAT,
@@ -94,7 +95,7 @@ def export_model(workdir: Path, path: Path, kind: str, step: int | None = None) 
         "checkpoint": step,
         "SongUNet": original_arguments(model),
         "preconditioning": original_preconditioning(model),
-        "config": model.config.to_dict(),
+        "config": model.config,
     }
     _write(path, lambda file: _save_torch(state, file) if kind == "torch" else _save_safetensors(state, file))
     _write(beside, lambda file: file.write_text(json.dumps(description, indent=2) + "\n"))
@@ -118,7 +119,7 @@ def original_arguments(model: Model) -> dict[str, Any]:
 def original_preconditioning(model: Model) -> dict[str, Any]:
     """The original's class around the network, and what it takes."""
     family, momentum = model.family, model.family.momentum
-    name = f"{model.config.family.name.upper()}Precond"
+    name = f"{model.config['family']['name'].upper()}Precond"
     fields = {field: value for field, value in vars(family).items() if field != "momentum"}
     if momentum is None:
         return {"class": name, **fields}

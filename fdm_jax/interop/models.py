@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from fdm_jax.augment import NUM_LABELS
-from fdm_jax.defaults import default_config
+from fdm_jax.defaults import from_dict
 from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.errors import UserError
 from fdm_jax.experiment import Experiment
@@ -40,31 +39,35 @@ class Model:
     """A trained denoiser.
 
     Attributes:
-      config: a configuration that builds it.
+      config: the fields of a configuration that builds it, as of ``config.to_dict()``.
       family, network: see there.
       variables: {"params": ..., and "constants" for NCSN++} of float32 arrays, as ``network.apply`` takes them.
     """
 
-    config: ConfigDict
+    config: dict[str, Any]
     family: Family
     network: SongUNet
     variables: Mapping[str, Any]
 
     @classmethod
-    def from_config(cls, config: ConfigDict, variables: Mapping[str, Any]) -> Model:
+    def from_config(cls, config: dict[str, Any], variables: Mapping[str, Any]) -> Model:
         """Builds the parts, and checks that the variables are those of the network.
+
+        Args:
+          config: fields by group; those left out have their defaults.
+          variables: see above.
 
         Raises:
           UserError: a parameter is missing, left over, or of another shape.
         """
-        experiment = Experiment.from_config(config)
+        experiment = Experiment.from_config(from_dict(config))
         network = experiment.network
         height, width, channels = experiment.image_shape
         wanted = jax.eval_shape(
             network.init, jax.random.key(0), jnp.zeros((1, height, width, channels)), jnp.zeros(1)
         )  # fmt: skip
         check_alike(variables, wanted, "the network that it describes")
-        return cls(experiment.config, experiment.family, network, variables)
+        return cls(experiment.config.to_dict(), experiment.family, network, variables)
 
     @functools.cached_property
     def _denoise(self) -> Callable[..., jax.Array]:
@@ -116,8 +119,8 @@ def load_snapshot(path: str | Path, load_storage: Callable[[bytes], np.ndarray] 
         raise UserError(f"{path} cannot be used, for its description of the model does not fit ({reason}).") from error
 
 
-def config_of(snapshot: Snapshot) -> ConfigDict:
-    """The configuration that a snapshot's network, family and training come from.
+def config_of(snapshot: Snapshot) -> dict[str, Any]:
+    """The fields of a configuration, by group, that a snapshot's network, family and training come from.
 
     Raises:
       UserError: an architecture that is not here, or a value that is not understood.
@@ -127,21 +130,19 @@ def config_of(snapshot: Snapshot) -> ConfigDict:
     plain = name.removeprefix("FDM_")
     if plain not in _FAMILIES:
         raise UserError(f"its network is a {name:.60}, and {', '.join(_FAMILIES)} with or without FDM_ are known.")
-    config = default_config()
-    _set_network(config, ema)
-    _set_family(config, _FAMILIES[plain], ema)
-    _set_momentum(config, ema if plain != name else None)
-    if snapshot.augment is not None and config.augment.labels:
-        config.augment.probability = float(snapshot.augment.state.get("p", 0.0))
+    config = _network(ema) | {"family": _family(_FAMILIES[plain], ema)}
+    config["momentum"] = _momentum(_FAMILIES[plain], ema) if plain != name else {"enabled": False}
     if snapshot.loss is not None:
-        config.warmup_steps = int(snapshot.loss.state.get("warmup_ite") or 0)
+        config["warmup_steps"] = int(snapshot.loss.state.get("warmup_ite") or 0)
         for field in ("P_mean", "P_std"):
-            if config.family.name == "edm" and field in snapshot.loss.state:
-                config.family[field] = float(snapshot.loss.state[field])
+            if plain == "EDMPrecond" and field in snapshot.loss.state:
+                config["family"][field] = float(snapshot.loss.state[field])
+    if snapshot.augment is not None and config["augment"]["labels"]:
+        config["augment"]["probability"] = float(snapshot.augment.state.get("p", 0.0))
     return config
 
 
-def _set_network(config: ConfigDict, ema: Persistent) -> None:
+def _network(ema: Persistent) -> dict[str, Any]:
     model = submodule(ema, "model")
     if model is None or model.class_name != "SongUNet":
         kind = model.class_name if model is not None else "network of an unknown kind"
@@ -153,6 +154,13 @@ def _set_network(config: ConfigDict, ema: Persistent) -> None:
     arguments = _NETWORK_ARGUMENTS | given
     if arguments["in_channels"] != arguments["out_channels"]:
         raise UserError("its network gives another number of channels than it takes.")
+    # Far beyond any real network: building one of a billion blocks, to compare shapes, would not end.
+    limits = {"img_resolution": 8192, "model_channels": 8192, "num_blocks": 64, "channel_mult_emb": 64}
+    for field, most in limits.items():
+        if not 1 <= arguments[field] <= most:
+            raise UserError(f"its {field} is {arguments[field]!r:.20}, and 1 to {most} are taken.")
+    if not 1 <= len(arguments["channel_mult"]) <= 10:
+        raise UserError(f"its network has {len(arguments['channel_mult'])} levels, and 1 to 10 are taken.")
     parts = {
         "embedding": arguments["embedding_type"],
         "channel_mult_noise": arguments["channel_mult_noise"],
@@ -164,35 +172,37 @@ def _set_network(config: ConfigDict, ema: Persistent) -> None:
         raise UserError(
             f"its network is neither DDPM++ nor NCSN++ ({parts}, decoder {arguments['decoder_type']!r:.20})."
         )
-    config.network.update(
-        preset=presets[0],
-        channel_mult=tuple(arguments["channel_mult"]),
-        attn_resolutions=tuple(arguments["attn_resolutions"]),
-        dropout=float(arguments["dropout"]),
-        label_dropout=float(arguments["label_dropout"]),
-        **{field: int(arguments[field]) for field in ("model_channels", "channel_mult_emb", "num_blocks")},
-    )
-    config.data.update(
-        source="imported",
-        resolution=int(arguments["img_resolution"]),
-        channels=int(arguments["in_channels"]),
-        class_conditional=bool(arguments["label_dim"]),
-        num_classes=int(arguments["label_dim"]) or None,
-    )
     if arguments["augment_dim"] not in (0, NUM_LABELS):
         raise UserError(
             f"its network has {arguments['augment_dim']!r:.20} augment labels, and 0 or {NUM_LABELS} are known."
         )
-    config.augment.labels = bool(arguments["augment_dim"])
+    return {
+        "network": {
+            "preset": presets[0],
+            "channel_mult": tuple(arguments["channel_mult"]),
+            "attn_resolutions": tuple(arguments["attn_resolutions"]),
+            "dropout": float(arguments["dropout"]),
+            "label_dropout": float(arguments["label_dropout"]),
+            **{field: int(arguments[field]) for field in ("model_channels", "channel_mult_emb", "num_blocks")},
+        },
+        "data": {
+            "source": "imported",
+            "resolution": int(arguments["img_resolution"]),
+            "channels": int(arguments["in_channels"]),
+            "class_conditional": bool(arguments["label_dim"]),
+            "num_classes": int(arguments["label_dim"]) or None,
+        },
+        "augment": {"labels": bool(arguments["augment_dim"])},
+    }
 
 
-def _set_family(config: ConfigDict, name: str, ema: Persistent) -> None:
+def _family(name: str, ema: Persistent) -> dict[str, Any]:
     fields = {
         "vp": {"beta_d": "beta_d", "beta_min": "beta_min", "epsilon_t": "epsilon_t", "M": "num_scales"},
         "ve": {"sigma_min": "lowest", "sigma_max": "highest"},
         "edm": {"sigma_data": "sigma_data", "sigma_min": "lowest", "sigma_max": "highest"},
     }[name]
-    config.family.name = name
+    family: dict[str, Any] = {"name": name}
     for theirs, ours in fields.items():
         value = ema.state.get(theirs)
         if value is None:
@@ -201,13 +211,11 @@ def _set_family(config: ConfigDict, name: str, ema: Persistent) -> None:
             raise UserError(f"its {theirs} is no number.")
         # Plain EDM has no range (0 to infinity there); ours has one that only momentum's clock uses.
         if not (ours in ("lowest", "highest") and (value <= 0 or math.isinf(value))):
-            config.family[ours] = int(value) if ours == "num_scales" else float(value)
+            family[ours] = int(value) if ours == "num_scales" else float(value)
+    return family
 
 
-def _set_momentum(config: ConfigDict, ema: Persistent | None) -> None:
-    config.momentum.enabled = ema is not None
-    if ema is None:
-        return
+def _momentum(family: str, ema: Persistent) -> dict[str, Any]:
     rates = {"fdm_beta_d": 19.9, "fdm_beta_min": 0.1}
     for field, known in rates.items():
         if ema.state.get(field, known) != known:
@@ -215,5 +223,5 @@ def _set_momentum(config: ConfigDict, ema: Persistent | None) -> None:
                 f"its {field} is {ema.state[field]!r:.20}, and momentum with {known} is what there is here."
             )
     # The original's VE takes a multiplier and does not use it.
-    multiplier = 1.0 if config.family.name == "ve" else ema.state.get("fdm_multiplier", 1.0)
-    config.momentum.multiplier = float(multiplier)
+    multiplier = 1.0 if family == "ve" else ema.state.get("fdm_multiplier", 1.0)
+    return {"enabled": True, "multiplier": float(multiplier)}

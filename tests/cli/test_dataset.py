@@ -36,7 +36,7 @@ def test_from_photos_to_a_trained_model(photos, tmp_path, capsys):
     assert "folder/photos, 40 images of 8x8x1, 3 classes (cat, dog, owl) (40 train)" in said
     assert f"--config.data.source=folder/photos --config.data.data_dir={data_dir}" in said
     assert fdm("prepare", "folder", f"--source={photos}", f"--data_dir={data_dir}") == 0  # again: nothing to do
-    assert "(40 train)" in capsys.readouterr().out
+    assert "(40 train), before: delete" in capsys.readouterr().out
 
     out = tmp_path / "grid.png"
     assert fdm("stats", "folder/photos", f"--data_dir={data_dir}", "--json", f"--out={out}") == 0

@@ -218,7 +218,7 @@ def test_tensors_that_do_not_fit_the_description(tmp_path):
     network = dict(files.original_arguments(model))
     path = tmp_path / "s.pkl"
     write_snapshot(path, state, ("EDMPrecond", {}), network)
-    assert load_snapshot(path, plain_storage).config.momentum.enabled is False
+    assert load_snapshot(path, plain_storage).config["momentum"]["enabled"] is False
     for change, words in (
         ({"dec.8x8_aux_conv.bias": np.zeros(2, np.float32)}, r"dec_8x8_aux_conv/bias is \(2,\), and should be \(1,\)"),
         ({"enc.8x8_new.weight": np.zeros((1, 1), np.float32)}, "enc_8x8_new/kernel is .* and should be absent"),

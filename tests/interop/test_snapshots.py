@@ -13,6 +13,7 @@ from conftest import GOLDEN, nhwc
 from interop.storages import plain_storage, torch_bytes
 from interop.written import Call, dumps, module, persistent, tensor
 
+from fdm_jax.defaults import from_dict
 from fdm_jax.errors import UserError
 from fdm_jax.families import EDM, VE, VP
 from fdm_jax.interop.models import config_of, load_snapshot
@@ -69,7 +70,7 @@ def test_golden_samples(snapshots, golden, name):
 )
 def test_configuration_is_what_the_file_says(snapshots, name, parameters, labels, augmentation, multiplier, warmup):
     """As the golden files describe their snapshots: 8x8x1, 16 channels, mult 1,2, one block, dropout .13."""
-    config = snapshots[name].config
+    config = from_dict(snapshots[name].config)
     network, data = config.network, config.data
     assert (network.model_channels, network.channel_mult, network.num_blocks, network.dropout) == (16, (1, 2), 1, 0.13)
     assert (data.resolution, data.channels, data.num_classes or 0, data.class_conditional) == (8, 1, labels, labels > 0)
@@ -123,7 +124,7 @@ def described(name="EDMPrecond", network=None, loss=None, **state):
 def family_of(config):
     from fdm_jax.experiment import Experiment
 
-    return Experiment.from_config(config).family
+    return Experiment.from_config(from_dict(config)).family
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_families(snapshot, family):
 
 
 def test_defaults_of_the_originals_network():
-    network = config_of(described()).network
+    network = from_dict(config_of(described())).network
     assert (network.model_channels, network.channel_mult, network.num_blocks) == (128, (1, 2, 2, 2), 4)
     assert (network.attn_resolutions, network.dropout, network.preset) == ((16,), 0.1, "ddpmpp")
 
@@ -177,6 +178,8 @@ NCSNPP = {
         ),
         (Snapshot(Persistent("EDMPrecond", {}), None, None, {}), "network of an unknown kind"),
         (described(network={"img_size": 3}), "made with 'img_size'"),
+        (described(network={"num_blocks": 10**9}), "its num_blocks is 1000000000, and 1 to 64"),
+        (described(network={"channel_mult": [1] * 99}), "has 99 levels"),
         (described(network={"out_channels": 6}), "another number of channels"),
         (described(network={"encoder_type": "residual"}), "neither DDPM"),
         (described(network=NCSNPP | {"decoder_type": "skip"}), "neither DDPM"),
@@ -188,7 +191,7 @@ NCSNPP = {
 def test_networks_that_are_not_here(snapshot, words):
     with pytest.raises(UserError, match=words):
         config_of(snapshot)
-    assert config_of(described(network=NCSNPP)).network.preset == "ncsnpp"
+    assert config_of(described(network=NCSNPP))["network"]["preset"] == "ncsnpp"
 
 
 # --- Pickles that are not what they say ---
