@@ -3,6 +3,7 @@
   fdm generate --workdir=runs/digits --seeds=0-63 --out=images/         a PNG per seed
   fdm generate --workdir=runs/digits --seeds=0-99 --out=grid.png        one grid
   fdm generate --workdir=runs/digits --seeds=0-49999 --out=images.npz   arrays: image, seed, label
+  fdm generate --workdir=runs/digits --out=fast.png --solver=unipc-2 --grid=log-snr --nfe=10
 
 A seed decides its image (and its class, unless --class is given) whatever is generated beside it.  A command
 that was stopped goes on where it was.
@@ -19,26 +20,39 @@ from typing import Any
 
 import numpy as np
 
-from fdm_jax.errors import UserError
+from fdm_jax.errors import UserError, nearest
 
 HELP = "generate images with a trained model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--list-solvers", nargs=0, action=_ListSolvers, help="print a table of the solvers, and stop")
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="workdir of the run")
     parser.add_argument(
         "--out", required=True, type=Path, metavar="PATH", help="a folder, or a file ending in .png or .npz"
     )
     parser.add_argument("--seeds", default="0-63", help="such as 0-63 or 1,2,5-9 (default: %(default)s)")
     parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
-    parser.add_argument("--steps", type=int, help="sampler steps, NFE = 2 steps - 1 (default: the run's samples.steps)")
+    parser.add_argument("--solver", default="heun", metavar="NAME", help="see --list-solvers (default: %(default)s)")
+    parser.add_argument(
+        "--grid", default="edm", metavar="NAME", help="edm, log-snr, vp-uniform, vp-quadratic, or the noise levels "
+        "themselves as 80,40,20,...,0 (default: %(default)s)",
+    )  # fmt: skip
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="solver steps (default: the run's samples.steps)")
+    length.add_argument("--nfe", type=int, metavar="N", help="at most so many calls of the network, instead of --steps")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     parser.add_argument("--columns", type=int, metavar="N", help="of a grid (default: as square as it gets)")
-    noise = parser.add_argument_group("noise", "range and churn of the EDM sampler; the model's own range wins")
+    noise = parser.add_argument_group("noise", "range of the grid, which the model's own range bounds; and churn")
     noise.add_argument("--sigma-min", type=float, default=0.002, help="default: %(default)s")
     noise.add_argument("--sigma-max", type=float, default=80.0, help="default: %(default)s")
     noise.add_argument("--rho", type=float, default=7.0, help="default: %(default)s")
+    noise.add_argument(
+        "--match-original",
+        action="store_true",
+        help="do not bound the range by the model's own: the original's DPM run",
+    )
     noise.add_argument("--S_churn", type=float, default=0.0, help="0 (the default): deterministic")
     noise.add_argument("--S_min", type=float, default=0.0, help="default: %(default)s")
     noise.add_argument("--S_max", type=float, default=float("inf"), help="default: %(default)s")
@@ -69,14 +83,67 @@ def parse_seeds(text: str) -> np.ndarray:
     return np.asarray(seeds, np.uint32)
 
 
+class _ListSolvers(argparse.Action):
+    """Prints the table and ends the program, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from fdm_jax.sampling.solvers import SOLVERS
+
+        rows = [("name", "order", "NFE", "noise", "least steps", "source")]
+        for name, solver in SOLVERS.items():
+            noise = "yes" if solver.stochastic else "no"
+            rows.append((name, str(solver.order), solver.cost, noise, str(solver.min_steps), solver.source))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        parser.exit()
+
+
+def parse_grid(text: str) -> str | list[float]:
+    """A name, or "80,40,0" -> [80.0, 40.0, 0.0].
+
+    Raises:
+      UserError: a list that holds something else than numbers, or no 0 at its end.
+    """
+    if "," not in text:
+        return text
+    try:
+        levels = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--grid {text!r} holds something else than numbers: write the levels as 80,40,20,0."
+        ) from error
+    if levels[-1] != 0:
+        raise UserError(f"--grid {text!r} must end at 0.")
+    return levels
+
+
+def choose_steps(args: argparse.Namespace, default: int, grid: str | list[float]) -> int:
+    """The steps that --steps, --nfe or a list of levels ask for.
+
+    Raises:
+      UserError: an unknown solver.
+    """
+    from fdm_jax.sampling.solvers import SOLVERS
+
+    if args.solver not in SOLVERS:
+        raise UserError(f"There is no solver {args.solver!r}: {nearest(args.solver, SOLVERS)}")
+    if args.nfe is not None:
+        return SOLVERS[args.solver].steps_of(args.nfe)
+    if args.steps is not None:
+        return args.steps
+    return default if isinstance(grid, str) else len(grid) - 1
+
+
 def run(args: argparse.Namespace) -> int:
     seeds = parse_seeds(args.seeds)
-    for name in ("batch", "columns", "steps"):
+    for name in ("batch", "columns", "steps", "nfe"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be 1 or more, and is {value}.")
 
     import jax.numpy as jnp
+    from absl import logging
     from tqdm import tqdm
 
     from fdm_jax import pictures
@@ -85,11 +152,15 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax.sampling import Churn
     from fdm_jax.sampling import seeds as draws
     from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
+    from fdm_jax.sampling.grids import edm_sigmas
+    from fdm_jax.sampling.solvers import make_calls
     from fdm_jax.training.checkpoints import Checkpoints, read_config
     from fdm_jax.training.parallel import make_mesh
 
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     config = from_dict(read_config(args.workdir))
-    steps = args.steps or config.samples.steps
+    grid = parse_grid(args.grid)
+    steps = choose_steps(args, config.samples.steps, grid)
     checkpoints = Checkpoints(args.workdir / "checkpoints", read_only=True)
     checkpoint, variables, meta = checkpoints.restore_model(args.checkpoint)
     experiment = Experiment.from_config(from_dict(meta["config"]))
@@ -107,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
     churn = Churn(S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
     settings = {
         "workdir": str(args.workdir.resolve()), "checkpoint": checkpoint, "class": args.label, "steps": steps,
+        "solver": args.solver, "grid": args.grid, "match_original": args.match_original,
         "sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho, "S_churn": args.S_churn,
         "S_min": args.S_min, "S_max": str(args.S_max), "S_noise": args.S_noise,
     }  # fmt: skip
@@ -115,7 +187,8 @@ def run(args: argparse.Namespace) -> int:
     if len(missing):
         generate = make_generate_fn(
             experiment.network, experiment.family, experiment.image_shape, classes, steps=steps,
-            sigma_min=args.sigma_min, sigma_max=args.sigma_max, rho=args.rho, churn=churn,
+            solver=args.solver, grid=grid, clip=not args.match_original, churn=churn,
+            sigma_min=args.sigma_min, sigma_max=args.sigma_max, rho=args.rho,
         )  # fmt: skip
         generator = BatchedGenerator(generate, make_mesh(), min(args.batch, len(missing)))
         with tqdm(total=len(seeds), initial=len(seeds) - len(missing), unit="img", disable=None) as bar:
@@ -124,7 +197,8 @@ def run(args: argparse.Namespace) -> int:
                     out.put(int(seed), image)
                 bar.update(len(images))
     out.finish(seeds, labels, args.columns or int(np.ceil(np.sqrt(len(seeds)))), pictures)
-    print(f"{len(seeds):,} images in {args.out} (checkpoint of step {checkpoint:,}, {2 * steps - 1} NFE).")
+    nfe = len(make_calls(args.solver, steps, edm_sigmas))
+    print(f"{len(seeds):,} images in {args.out} (checkpoint of step {checkpoint:,}, {args.solver}, {nfe} NFE).")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Seeds in, images out: a network, a family and the EDM sampler as one program."""
+"""Seeds in, images out: a network, a family and a solver as one program."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,10 +12,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fdm_jax.denoiser import make_denoise_fn
+from fdm_jax.errors import UserError, nearest
 from fdm_jax.families import Family
-from fdm_jax.sampling.edm import Churn, edm_sample
-from fdm_jax.sampling.grids import edm_sigmas, sampling_range
+from fdm_jax.sampling.edm import Churn
+from fdm_jax.sampling.grids import GRIDS, edm_sigmas, sampling_range
+from fdm_jax.sampling.linear import integrate
 from fdm_jax.sampling.seeds import churn_noise, latents, to_uint8
+from fdm_jax.sampling.solvers import SOLVERS, make_calls
 
 GenerateFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
@@ -27,22 +30,43 @@ def make_generate_fn(
     num_classes: int,
     *,
     steps: int,
+    solver: str = "heun",
+    grid: str | Sequence[float] = "edm",
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
+    clip: bool = True,
     churn: Churn | None = None,
 ) -> GenerateFn:
     """Build generate(variables, seeds, labels) -> uint8 [B, H, W, C]; pure and jittable.
 
     Args:
       network, family, image_shape, num_classes: of the model.
-      steps, sigma_min, sigma_max, rho: see :func:`~fdm_jax.sampling.grids.edm_sigmas`; the family's range wins.
-      churn: for the stochastic sampler.
+      steps: of the solver.
+      solver: a key of :data:`~fdm_jax.sampling.solvers.SOLVERS`.
+      grid: a key of :data:`~fdm_jax.sampling.grids.GRIDS`, or the noise levels themselves, falling and with 0 at the end.
+      sigma_min, sigma_max: of the grid.
+      rho: of the grid ``edm``.
+      clip: whether the family's own range bounds the grid's.
+      churn: for heun and euler.
+
+    Raises:
+      UserError: see :func:`~fdm_jax.sampling.solvers.make_calls`.
 
     The result takes variables as ``network.apply`` does, seeds uint32 [B] and labels int32 [B], where -1 stands
     for "no class"; labels are ignored by unconditional models.
     """
-    sigmas = edm_sigmas(steps, *sampling_range(family, sigma_min, sigma_max), rho)
+    span = sampling_range(family, sigma_min, sigma_max) if clip else (sigma_min, sigma_max)
+
+    def levels(points: int) -> np.ndarray:
+        if not isinstance(grid, str):
+            return np.asarray(grid, np.float64)
+        if grid not in GRIDS:
+            raise UserError(f"There is no grid {grid!r}: {nearest(grid, GRIDS)}")
+        return edm_sigmas(points, *span, rho) if grid == "edm" else GRIDS[grid](points, *span)
+
+    calls = make_calls(solver, steps, levels, churn)
+    start = levels(SOLVERS[solver].points(steps))[0]
 
     def generate(variables: Any, seeds: jax.Array, labels: jax.Array) -> jax.Array:
         class_labels = jax.nn.one_hot(labels, num_classes) if num_classes else None
@@ -52,7 +76,7 @@ def make_generate_fn(
 
         denoise = make_denoise_fn(family, apply)
         noise = latents(seeds, image_shape)
-        x = edm_sample(denoise, noise, sigmas, churn=churn, noise_fn=lambda i: churn_noise(seeds, i, image_shape))
+        x = integrate(denoise, noise, start, calls, lambda i: churn_noise(seeds, i, image_shape))
         return to_uint8(x)
 
     return generate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from fdm_jax.errors import UserError
@@ -24,10 +26,52 @@ def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0
     Raises:
       UserError: fewer than one step, or a range that is none.
     """
+    _check(num_steps, sigma_min, sigma_max)
+    ramp = np.linspace(0, 1, num_steps)
+    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    return np.append(sigmas, 0.0)
+
+
+def log_snr_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> np.ndarray:
+    """ln sigma falls evenly from sigma_max to sigma_min, then sigma_N = 0 (Lu et al. 2022, "logSNR").
+
+    Returns, raises: as :func:`edm_sigmas`.
+    """
+    _check(num_steps, sigma_min, sigma_max)
+    return np.append(np.geomspace(sigma_max, sigma_min, num_steps), 0.0)
+
+
+def vp_time_sigmas(
+    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, power: float = 1.0,
+    beta_min: float = 0.1, beta_d: float = 19.9,
+) -> np.ndarray:  # fmt: skip
+    """t^(1/power) falls evenly, where t is the time of the variance-preserving process; then sigma_N = 0.
+
+    sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1 (Song et al. 2021); power 1 is uniform in time, power 2 DDIM's
+    quadratic spacing.
+
+    Returns, raises: as :func:`edm_sigmas`.
+    """
+    _check(num_steps, sigma_min, sigma_max)
+    L = np.log1p(np.array([sigma_max, sigma_min]) ** 2)
+    first, last = 2 * L / (np.sqrt(beta_min**2 + 2 * beta_d * L) + beta_min)
+    t = np.linspace(first ** (1 / power), last ** (1 / power), num_steps) ** power
+    sigmas = np.sqrt(np.expm1(t * (0.5 * beta_d * t + beta_min)))
+    sigmas[0], sigmas[-1] = sigma_max, sigma_min if num_steps > 1 else sigma_max
+    return np.append(sigmas, 0.0)
+
+
+def _check(num_steps: int, sigma_min: float, sigma_max: float) -> None:
     if num_steps < 1:
         raise UserError(f"The number of sampling steps must be 1 or more, and is {num_steps}.")
     if not 0 < sigma_min < sigma_max < np.inf:
         raise UserError(f"The noise range must have 0 < sigma_min < sigma_max, and is {sigma_min} to {sigma_max}.")
-    ramp = np.linspace(0, 1, num_steps)
-    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    return np.append(sigmas, 0.0)
+
+
+# Name -> function of (points, sigma_min, sigma_max); each gives so many levels, and 0 after them.
+GRIDS: dict[str, Callable[[int, float, float], np.ndarray]] = {
+    "edm": edm_sigmas,
+    "log-snr": log_snr_sigmas,
+    "vp-uniform": vp_time_sigmas,
+    "vp-quadratic": lambda points, low, high: vp_time_sigmas(points, low, high, 2.0),
+}

@@ -158,13 +158,21 @@ class Checkpoints:
             try:
                 parts = self._manager.restore(
                     candidate,
-                    args=ocp.args.Composite(model=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()),
+                    args=ocp.args.Composite(
+                        model=ocp.args.StandardRestore(self._model_here(candidate)), meta=ocp.args.JsonRestore()
+                    ),
                 )
                 model = parts["model"]
                 return candidate, {"params": model["ema"], **(model.get("constants") or {})}, parts["meta"]
             except Exception as error:
                 log.warning("The checkpoint of step %d cannot be read: %s", candidate, error)
         raise UserError(f"No checkpoint in {self._directory} can be read.")
+
+    def _model_here(self, step: int) -> Any:
+        """What the model part holds, to be put on one device here: without this, Orbax wants those it was saved from."""
+        metadata = ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "model")
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), metadata.tree)
 
     @staticmethod
     def _check_types(found: Any, wanted: Any) -> None:

@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from cli.conftest import start
 from PIL import Image
 
 from fdm_jax.cli.generate import parse_seeds
 from fdm_jax.cli.main import main
 from fdm_jax.errors import UserError
+from fdm_jax.sampling.solvers import SOLVERS
 
 
 def generate(workdir, out, *more):
@@ -102,3 +104,56 @@ def test_parse_seeds():
     np.testing.assert_array_equal(parse_seeds("0-3, 7"), [0, 1, 2, 3, 7])
     with pytest.raises(UserError):
         parse_seeds("0-99999999999")
+
+
+def test_one_device_reads_what_eight_wrote(straight_run, tmp_path):
+    out = tmp_path / "grid.png"
+    process = start(["generate", f"--workdir={straight_run}", "--seeds=0-3", "--steps=2", f"--out={out}"], devices=1)
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0 and out.exists() and "WARNING" not in said, said
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--solver=unipc-2", "--grid=log-snr", "--nfe=4"], "unipc-2, 4 NFE"),
+        (["--solver=dpmpp", "--steps=5", "--match-original"], "dpmpp, 5 NFE"),
+        (["--solver=euler", "--grid=80,5,0.5,0"], "euler, 3 NFE"),
+        (["--nfe=6"], "heun, 5 NFE"),
+        (["--solver=ancestral", "--nfe=3", "--sigma-max=40"], "ancestral, 3 NFE"),
+    ],
+)
+def test_solvers(straight_run, tmp_path, capsys, arguments, said):
+    base = ["generate", f"--workdir={straight_run}", "--seeds=0-7", "--batch=8"]
+    assert main([*base, f"--out={tmp_path / 'a.npz'}", *arguments]) == 0
+    assert said in capsys.readouterr().out
+    assert main([*base, f"--out={tmp_path / 'b.npz'}", *arguments]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["image"], np.load(tmp_path / "b.npz")["image"])
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--solver=unipc"], "no solver 'unipc': did you mean 'unipc-"),
+        (["--grid=edn"], "no grid 'edn': did you mean 'edm'"),
+        (["--grid=80,x,0"], "holds something else than numbers"),
+        (["--grid=80,40"], "must end at 0"),
+        (["--grid=80,40,0", "--steps=5"], "5 steps of heun go through 5 noise levels and 0, and 2 are given"),
+        (["--solver=dpmpp-2m", "--S_churn=3"], "Churn belongs to the solvers heun and euler"),
+        (["--solver=dpmpp", "--steps=1"], "dpmpp takes 2 steps or more, not 1"),
+        (["--sigma-min=90"], "0 < sigma_min < sigma_max"),
+    ],
+)
+def test_bad_solvers_and_grids(straight_run, tmp_path, capsys, arguments, words):
+    assert main(["generate", f"--workdir={straight_run}", f"--out={tmp_path / 'x.png'}", *arguments]) == 2
+    sentence = capsys.readouterr().err.strip().splitlines()[-1]
+    assert sentence.startswith("fdm generate: ") and words in sentence
+
+
+def test_list_of_solvers(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--list-solvers"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == 0 and len(lines) == 1 + len(SOLVERS)
+    assert lines[0].split()[:3] == ["name", "order", "NFE"]
+    assert any(line.startswith("unipc-3 ") and "2302.04867" in line for line in lines)
