@@ -144,6 +144,19 @@ def test_order_of_convergence(name, denoise):
     assert orders[-1] == pytest.approx(SOLVERS[name].order, abs=0.3), (errors, orders)
 
 
+@pytest.mark.parametrize(
+    "case", ["dpmpp-2m/8", "dpmpp-2m/20", "unipc-1/8", "unipc-1/20", "unipc-2/8", "unipc-2/20", "heun/8"]
+)
+def test_another_library(golden, case):
+    """Hugging Face diffusers 0.42.1 on the mixture, from its schedulers' own grids (whose numbers are float32)."""
+    data = golden("diffusers_solvers")
+    sigmas = data[f"{case}/sigmas"]
+    with enable_x64():
+        calls = make_calls(case.split("/")[0], len(sigmas) - 1, sigmas)
+        out = run(calls, two_peaks, jnp.asarray(START.reshape(1, 2, 2, 1)), sigmas[0])
+    np.testing.assert_allclose(np.ravel(out), data[f"{case}/x"], atol=5e-7)
+
+
 COST = {
     "heun": lambda n: 2 * n - 1, "dpmpp-2s": lambda n: 2 * n - 1, "dpmpp-3s": lambda n: 3 * n - 2,
 }  # fmt: skip

@@ -14,13 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fdm_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fdm_jax.sampling.guidance import Guidance
 
 HELP = "generate images with a trained model"
 
@@ -44,6 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     parser.add_argument("--columns", type=int, metavar="N", help="of a grid (default: as square as it gets)")
+    guide = parser.add_argument_group("guidance", "towards the class, or away from a worse model")
+    guide.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; more: closer to the class")
+    guide.add_argument(
+        "--guidance-interval", default="0,inf", metavar="LOW,HIGH", help="noise levels where it acts (default: all)"
+    )
+    guide.add_argument(
+        "--guide",
+        type=Path,
+        metavar="DIR",
+        help="workdir of the worse model, such as an early checkpoint of a smaller one",
+    )
     noise = parser.add_argument_group("noise", "range of the grid, which the model's own range bounds; and churn")
     noise.add_argument("--sigma-min", type=float, default=0.002, help="default: %(default)s")
     noise.add_argument("--sigma-max", type=float, default=80.0, help="default: %(default)s")
@@ -118,6 +133,27 @@ def parse_grid(text: str) -> str | list[float]:
     return levels
 
 
+def parse_guidance(args: argparse.Namespace) -> Guidance | None:
+    """What --guidance, --guidance-interval and --guide ask for.
+
+    Raises:
+      UserError: an interval that is none, or a guide without a scale.
+    """
+    from fdm_jax.sampling.guidance import Guidance
+
+    if args.guidance is None:
+        if args.guide is not None:
+            raise UserError("--guide needs a scale: give --guidance=2, say.")
+        return None
+    try:
+        low, high = map(float, args.guidance_interval.split(","))
+    except ValueError as error:
+        raise UserError(
+            f"--guidance-interval must be two noise levels LOW,HIGH, and is {args.guidance_interval!r}."
+        ) from error
+    return Guidance(scale=args.guidance, lowest=low, highest=high)
+
+
 def choose_steps(args: argparse.Namespace, default: int, grid: str | list[float]) -> int:
     """The steps that --steps, --nfe or a list of levels ask for.
 
@@ -162,6 +198,7 @@ def run(args: argparse.Namespace) -> int:
     grid = parse_grid(args.grid)
     steps = choose_steps(args, config.samples.steps, grid)
     checkpoints = Checkpoints(args.workdir / "checkpoints", read_only=True)
+    variables: Any  # of the model, or a pair with those of a guide
     checkpoint, variables, meta = checkpoints.restore_model(args.checkpoint)
     experiment = Experiment.from_config(from_dict(meta["config"]))
     classes = experiment.num_classes
@@ -175,19 +212,38 @@ def run(args: argparse.Namespace) -> int:
     else:
         labels = np.full(len(seeds), -1, np.int32)
 
+    guidance = parse_guidance(args)
+    guide = None
+    if args.guide is not None:
+        _, others, guide_meta = Checkpoints(args.guide / "checkpoints", read_only=True).restore_model()
+        other = Experiment.from_config(from_dict(guide_meta["config"]))
+        if (other.image_shape, other.num_classes) != (experiment.image_shape, classes):
+            raise UserError(
+                f"The guide {args.guide} makes images of {other.image_shape} with {other.num_classes} classes, and the "
+                f"model of {experiment.image_shape} with {classes}: they must be alike."
+            )
+        guide, variables = (other.network, other.family), (variables, others)
+    elif guidance is not None and classes and not experiment.network.label_dropout:
+        print(
+            "fdm generate: warning: the model was trained without label dropout (network.label_dropout is 0), so it has "
+            "never seen an image without its class: guidance away from that may not mean much.",
+            file=sys.stderr,
+        )
+
     churn = Churn(S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
     settings = {
         "workdir": str(args.workdir.resolve()), "checkpoint": checkpoint, "class": args.label, "steps": steps,
         "solver": args.solver, "grid": args.grid, "match_original": args.match_original,
         "sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho, "S_churn": args.S_churn,
-        "S_min": args.S_min, "S_max": str(args.S_max), "S_noise": args.S_noise,
+        "S_min": args.S_min, "S_max": str(args.S_max), "S_noise": args.S_noise, "guidance": args.guidance,
+        "guidance_interval": args.guidance_interval, "guide": str(args.guide.resolve()) if args.guide else None,
     }  # fmt: skip
     out = _Output(args.out, settings)
     missing = np.flatnonzero([not out.has(int(seed)) for seed in seeds])
     if len(missing):
         generate = make_generate_fn(
             experiment.network, experiment.family, experiment.image_shape, classes, steps=steps,
-            solver=args.solver, grid=grid, clip=not args.match_original, churn=churn,
+            solver=args.solver, grid=grid, clip=not args.match_original, churn=churn, guidance=guidance, guide=guide,
             sigma_min=args.sigma_min, sigma_max=args.sigma_max, rho=args.rho,
         )  # fmt: skip
         generator = BatchedGenerator(generate, make_mesh(), min(args.batch, len(missing)))

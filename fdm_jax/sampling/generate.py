@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fdm_jax.denoiser import make_denoise_fn
+from fdm_jax.denoiser import DenoiseFn, make_denoise_fn
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.families import Family
 from fdm_jax.sampling.edm import Churn
 from fdm_jax.sampling.grids import GRIDS, edm_sigmas, sampling_range
+from fdm_jax.sampling.guidance import Guidance, with_and_without_class
 from fdm_jax.sampling.linear import integrate
 from fdm_jax.sampling.seeds import churn_noise, latents, to_uint8
 from fdm_jax.sampling.solvers import SOLVERS, make_calls
@@ -37,6 +39,8 @@ def make_generate_fn(
     rho: float = 7.0,
     clip: bool = True,
     churn: Churn | None = None,
+    guidance: Guidance | None = None,
+    guide: tuple[nn.Module, Family] | None = None,
 ) -> GenerateFn:
     """Build generate(variables, seeds, labels) -> uint8 [B, H, W, C]; pure and jittable.
 
@@ -49,6 +53,9 @@ def make_generate_fn(
       rho: of the grid ``edm``.
       clip: whether the family's own range bounds the grid's.
       churn: for heun and euler.
+      guidance: how strongly to guide, classifier-free unless there is a guide; None for not at all.
+      guide: network and family of a second, worse model to guide away from (autoguidance). ``variables`` of the result
+        is then a pair, of the model and of the guide.
 
     Raises:
       UserError: see :func:`~fdm_jax.sampling.solvers.make_calls`.
@@ -65,18 +72,29 @@ def make_generate_fn(
             raise UserError(f"There is no grid {grid!r}: {nearest(grid, GRIDS)}")
         return edm_sigmas(points, *span, rho) if grid == "edm" else GRIDS[grid](points, *span)
 
+    if guidance is not None and guide is None and not num_classes:
+        raise UserError("Classifier-free guidance needs a model with classes, and this one has none.")
     calls = make_calls(solver, steps, levels, churn)
     start = levels(SOLVERS[solver].points(steps))[0]
 
     def generate(variables: Any, seeds: jax.Array, labels: jax.Array) -> jax.Array:
         class_labels = jax.nn.one_hot(labels, num_classes) if num_classes else None
+        own, others = variables if guide is not None else (variables, {})
 
-        def apply(x: jax.Array, c_noise: jax.Array) -> Any:
-            return network.apply(variables, x, c_noise, class_labels)
+        def denoise_labelled(x: jax.Array, sigma: jax.Array, class_labels: jax.Array | None) -> jax.Array:
+            return make_denoise_fn(family, functools.partial(network.apply, own))(x, sigma, class_labels)
 
-        denoise = make_denoise_fn(family, apply)
+        def denoise(x: jax.Array, sigma: jax.Array, /) -> jax.Array:
+            return denoise_labelled(x, sigma, class_labels)
+
+        denoise_fn: DenoiseFn = denoise
+        if guidance is not None and guide is not None:
+            other = make_denoise_fn(guide[1], functools.partial(guide[0].apply, others))
+            denoise_fn = guidance(denoise, lambda x, sigma: (denoise(x, sigma), other(x, sigma, class_labels)))
+        elif guidance is not None and class_labels is not None:
+            denoise_fn = guidance(denoise, with_and_without_class(denoise_labelled, class_labels))
         noise = latents(seeds, image_shape)
-        x = integrate(denoise, noise, start, calls, lambda i: churn_noise(seeds, i, image_shape))
+        x = integrate(denoise_fn, noise, start, calls, lambda i: churn_noise(seeds, i, image_shape))
         return to_uint8(x)
 
     return generate

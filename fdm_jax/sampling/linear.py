@@ -149,5 +149,5 @@ def integrate(
         return (anchor, x, denoised), None
 
     x = latents * jnp.asarray(start, dtype)
-    (x, _, _), _ = jax.lax.scan(evaluate, (x, x, jnp.zeros((depth, *x.shape), dtype)), table)
+    (_, x, _), _ = jax.lax.scan(evaluate, (x, x, jnp.zeros((depth, *x.shape), dtype)), table)
     return x

@@ -150,6 +150,33 @@ def test_bad_solvers_and_grids(straight_run, tmp_path, capsys, arguments, words)
     assert sentence.startswith("fdm generate: ") and words in sentence
 
 
+def test_guidance(straight_run, tmp_path, capsys):
+    def images(*more):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.npz"
+        arguments = ["generate", f"--workdir={straight_run}", "--seeds=0-7", "--batch=8", "--class=3", "--solver=euler"]
+        assert main([*arguments, "--steps=3", f"--out={out}", *more]) == 0
+        return np.load(out)["image"].astype(int), capsys.readouterr().err
+
+    plain, said = images()
+    assert not said
+    one, said = images("--guidance=1")
+    assert "trained without label dropout" in said
+    assert abs(one - plain).max() <= 1  # rounding
+    assert abs(images("--guidance=40")[0] - plain).max() > 1
+    outside, _ = images("--guidance=40", "--guidance-interval=200,300")
+    np.testing.assert_array_equal(outside, plain)
+    itself, said = images("--guidance=3", f"--guide={straight_run}")
+    assert abs(itself - plain).max() <= 1 and not said
+    for more, words in (
+        (["--guide=x"], "--guide needs a scale"),
+        (["--guidance=2", "--guidance-interval=1"], "two noise levels LOW,HIGH"),
+        (["--guidance=2", "--guidance-interval=2,1"], "from a lower to a higher"),
+        (["--guidance=2", f"--guide={tmp_path / 'nowhere'}"], "There is no checkpoint"),
+    ):
+        assert main(["generate", f"--workdir={straight_run}", f"--out={tmp_path / 'x.png'}", "--steps=2", *more]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_list_of_solvers(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["generate", "--list-solvers"])

@@ -1,0 +1,76 @@
+"""Guidance against its formula on denoisers that are known in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fdm_jax.errors import UserError
+from fdm_jax.sampling import edm_sigmas
+from fdm_jax.sampling.guidance import Guidance, with_and_without_class
+from fdm_jax.sampling.linear import integrate
+from fdm_jax.sampling.solvers import make_calls
+
+LABELS = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+CENTRES = np.array([-1.0, 0.5, 0.0])  # of class 0, of class 1, without a class
+
+
+def denoise(x, sigma, labels):
+    """N(centre of the class, 0.3^2) in every pixel."""
+    centre = (labels @ jnp.asarray(CENTRES[:2]))[:, None, None, None]
+    return (0.09 * x + sigma**2 * centre) / (0.09 + sigma**2)
+
+
+def guided(guidance):
+    return guidance(lambda x, sigma: denoise(x, sigma, LABELS), with_and_without_class(denoise, LABELS))
+
+
+X = jnp.asarray(np.random.RandomState(0).standard_normal((3, 2, 2, 1)), jnp.float32)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5, -1.0])
+def test_formula(scale):
+    sigma = jnp.float32(0.7)
+    alone, other = denoise(X, sigma, LABELS), denoise(X, sigma, 0 * LABELS)
+    np.testing.assert_allclose(
+        guided(Guidance(scale=scale))(X, sigma), np.asarray(other) * (1 - scale) + scale * np.asarray(alone), atol=1e-6
+    )
+
+
+def test_range():
+    inside = Guidance(scale=3.0, lowest=0.5, highest=2.0)
+    for sigma, acts in ((0.4, False), (0.5, False), (0.6, True), (2.0, True), (2.1, False)):
+        value = jax.jit(guided(inside))(X, jnp.float32(sigma))
+        plain, everywhere = denoise(X, sigma, LABELS), guided(Guidance(scale=3.0))(X, jnp.float32(sigma))
+        np.testing.assert_allclose(value, everywhere if acts else plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpmpp-3m", "unipc-2"])
+def test_samples_move_to_the_guided_centre(solver):
+    """Of Gaussians of one width the guided denoiser is that of a Gaussian around scale * centre."""
+    calls = make_calls(solver, 40, edm_sigmas)
+    latents = jnp.zeros_like(X)
+    for scale in (1.0, 2.0):
+        out = jax.jit(lambda x, scale=scale: integrate(guided(Guidance(scale=scale)), x, 80.0, calls))(latents)
+        # From 0 at sigma = 80 the exact path ends at centre (1 - 0.3 / sqrt(0.09 + 6400)).
+        expected = scale * CENTRES * (1 - 0.3 / (0.09 + 6400) ** 0.5)
+        np.testing.assert_allclose(out[:, 0, 0, 0], expected, atol=2e-2)
+
+
+def test_one_pass_serves_both():
+    batches = []
+
+    def counted(x, sigma, labels):
+        batches.append(len(x))
+        return denoise(x, sigma, labels)
+
+    Guidance(scale=2.0)(lambda x, sigma: None, with_and_without_class(counted, LABELS))(X, jnp.float32(1.0))
+    assert batches == [6]
+
+
+def test_bad_input():
+    with pytest.raises(UserError, match="finite number, and is nan"):
+        Guidance(scale=float("nan"))
+    for low, high in ((2.0, 1.0), (-1.0, 1.0)):
+        with pytest.raises(UserError, match="from a lower to a higher noise level"):
+            Guidance(lowest=low, highest=high)
