@@ -17,61 +17,27 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from fdm_jax.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from fdm_jax.sampling.guidance import Guidance
+from fdm_jax.cli.sampling import add_sampling_arguments, choose_steps, parse_grid, parse_guidance
+from fdm_jax.errors import UserError
 
 HELP = "generate images with a trained model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--list-solvers", nargs=0, action=_ListSolvers, help="print a table of the solvers, and stop")
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="workdir of the run")
     parser.add_argument(
         "--out", required=True, type=Path, metavar="PATH", help="a folder, or a file ending in .png or .npz"
     )
     parser.add_argument("--seeds", default="0-63", help="such as 0-63 or 1,2,5-9 (default: %(default)s)")
     parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
-    parser.add_argument("--solver", default="heun", metavar="NAME", help="see --list-solvers (default: %(default)s)")
-    parser.add_argument(
-        "--grid", default="edm", metavar="NAME", help="edm, log-snr, vp-uniform, vp-quadratic, or the noise levels "
-        "themselves as 80,40,20,...,0 (default: %(default)s)",
-    )  # fmt: skip
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="solver steps (default: the run's samples.steps)")
-    length.add_argument("--nfe", type=int, metavar="N", help="at most so many calls of the network, instead of --steps")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     parser.add_argument("--columns", type=int, metavar="N", help="of a grid (default: as square as it gets)")
-    guide = parser.add_argument_group("guidance", "towards the class, or away from a worse model")
-    guide.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; more: closer to the class")
-    guide.add_argument(
-        "--guidance-interval", default="0,inf", metavar="LOW,HIGH", help="noise levels where it acts (default: all)"
-    )
-    guide.add_argument(
-        "--guide",
-        type=Path,
-        metavar="DIR",
-        help="workdir of the worse model, such as an early checkpoint of a smaller one",
-    )
-    noise = parser.add_argument_group("noise", "range of the grid, which the model's own range bounds; and churn")
-    noise.add_argument("--sigma-min", type=float, default=0.002, help="default: %(default)s")
-    noise.add_argument("--sigma-max", type=float, default=80.0, help="default: %(default)s")
-    noise.add_argument("--rho", type=float, default=7.0, help="default: %(default)s")
-    noise.add_argument(
-        "--match-original",
-        action="store_true",
-        help="do not bound the range by the model's own: the original's DPM run",
-    )
-    noise.add_argument("--S_churn", type=float, default=0.0, help="0 (the default): deterministic")
-    noise.add_argument("--S_min", type=float, default=0.0, help="default: %(default)s")
-    noise.add_argument("--S_max", type=float, default=float("inf"), help="default: %(default)s")
-    noise.add_argument("--S_noise", type=float, default=1.0, help="default: %(default)s")
+    add_sampling_arguments(parser)
 
 
 def parse_seeds(text: str) -> np.ndarray:
@@ -96,79 +62,6 @@ def parse_seeds(text: str) -> np.ndarray:
     if len(set(seeds)) < len(seeds):
         raise UserError(f"The seeds {text!r} name one seed twice.")
     return np.asarray(seeds, np.uint32)
-
-
-class _ListSolvers(argparse.Action):
-    """Prints the table and ends the program, as --help does."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from fdm_jax.sampling.solvers import SOLVERS
-
-        rows = [("name", "order", "NFE", "noise", "least steps", "source")]
-        for name, solver in SOLVERS.items():
-            noise = "yes" if solver.stochastic else "no"
-            rows.append((name, str(solver.order), solver.cost, noise, str(solver.min_steps), solver.source))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        parser.exit()
-
-
-def parse_grid(text: str) -> str | list[float]:
-    """A name, or "80,40,0" -> [80.0, 40.0, 0.0].
-
-    Raises:
-      UserError: a list that holds something else than numbers, or no 0 at its end.
-    """
-    if "," not in text:
-        return text
-    try:
-        levels = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"--grid {text!r} holds something else than numbers: write the levels as 80,40,20,0."
-        ) from error
-    if levels[-1] != 0:
-        raise UserError(f"--grid {text!r} must end at 0.")
-    return levels
-
-
-def parse_guidance(args: argparse.Namespace) -> Guidance | None:
-    """What --guidance, --guidance-interval and --guide ask for.
-
-    Raises:
-      UserError: an interval that is none, or a guide without a scale.
-    """
-    from fdm_jax.sampling.guidance import Guidance
-
-    if args.guidance is None:
-        if args.guide is not None:
-            raise UserError("--guide needs a scale: give --guidance=2, say.")
-        return None
-    try:
-        low, high = map(float, args.guidance_interval.split(","))
-    except ValueError as error:
-        raise UserError(
-            f"--guidance-interval must be two noise levels LOW,HIGH, and is {args.guidance_interval!r}."
-        ) from error
-    return Guidance(scale=args.guidance, lowest=low, highest=high)
-
-
-def choose_steps(args: argparse.Namespace, default: int, grid: str | list[float]) -> int:
-    """The steps that --steps, --nfe or a list of levels ask for.
-
-    Raises:
-      UserError: an unknown solver.
-    """
-    from fdm_jax.sampling.solvers import SOLVERS
-
-    if args.solver not in SOLVERS:
-        raise UserError(f"There is no solver {args.solver!r}: {nearest(args.solver, SOLVERS)}")
-    if args.nfe is not None:
-        return SOLVERS[args.solver].steps_of(args.nfe)
-    if args.steps is not None:
-        return args.steps
-    return default if isinstance(grid, str) else len(grid) - 1
 
 
 def run(args: argparse.Namespace) -> int:
