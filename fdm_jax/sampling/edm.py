@@ -44,15 +44,20 @@ def edm_calls(sigmas: np.ndarray, churn: Churn | None = None, heun: bool = True)
         if not heun or to == 0:  # at sigma = 0 there is nothing to correct with
             calls.append(step_call(s, there, noise[i], i))
             continue
-        calls.append(Call(s, there, noise=noise[i], step=i))
-        # x_hat + h/2 (x_hat - D_1) / s + h/2 (x' - D_0) / to, with x' in x_hat and D_1
-        h = to - s
-        of_second = h / 2 / to
-        both = Combination(
-            1 + h / 2 / s + of_second * there.of_anchor, (-of_second, of_second * there.of_denoised[0] - h / 2 / s)
-        )
-        calls.append(step_call(to, both))
+        calls += heun_step(s, to, noise[i], i)
     return calls
+
+
+def heun_step(sigma: float, to: float, noise: float = 0.0, step: int = 0) -> list[Call]:
+    """Two calls: to ``to`` (which may also be higher than sigma) along the mean of the slopes at both ends."""
+    there, h = euler(sigma, to), to - sigma
+    # x + h/2 (x - D_1) / sigma + h/2 (x' - D_0) / to, with x' in x and D_1
+    of_second = h / 2 / to
+    both = Combination(
+        1 + h / 2 / sigma + of_second * there.of_anchor,
+        (-of_second, of_second * there.of_denoised[0] - h / 2 / sigma),
+    )
+    return [Call(sigma, there, noise=noise, step=step), step_call(to, both)]
 
 
 def evaluation_sigmas(sigmas: np.ndarray, churn: Churn | None = None, heun: bool = True) -> np.ndarray:
