@@ -21,7 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from fdm_jax.cli.sampling import add_sampling_arguments, choose_steps, parse_grid, parse_guidance
+from fdm_jax.cli.sampling import (
+    add_sampling_arguments,
+    choose_labels,
+    choose_steps,
+    load_model,
+    parse_grid,
+    parse_guidance,
+)  # fmt: skip
 from fdm_jax.errors import UserError
 
 HELP = "generate images with a trained model"
@@ -71,45 +78,28 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name} must be 1 or more, and is {value}.")
 
-    import jax.numpy as jnp
     from absl import logging
     from tqdm import tqdm
 
     from fdm_jax import pictures
-    from fdm_jax.defaults import from_dict
-    from fdm_jax.experiment import Experiment
     from fdm_jax.sampling import Churn
-    from fdm_jax.sampling import seeds as draws
     from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
     from fdm_jax.sampling.grids import edm_sigmas
     from fdm_jax.sampling.solvers import make_calls
-    from fdm_jax.training.checkpoints import Checkpoints, read_config
     from fdm_jax.training.parallel import make_mesh
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
-    config = from_dict(read_config(args.workdir))
+    model = load_model(args.workdir, args.checkpoint)
+    experiment, checkpoint, classes = model.experiment, model.checkpoint, model.experiment.num_classes
+    variables: Any = model.variables  # or a pair with those of a guide
     grid = parse_grid(args.grid)
-    steps = choose_steps(args, config.samples.steps, grid)
-    checkpoints = Checkpoints(args.workdir / "checkpoints", read_only=True)
-    variables: Any  # of the model, or a pair with those of a guide
-    checkpoint, variables, meta = checkpoints.restore_model(args.checkpoint)
-    experiment = Experiment.from_config(from_dict(meta["config"]))
-    classes = experiment.num_classes
-    if args.label is not None and not 0 <= args.label < classes:
-        right = f"from 0 to {classes - 1}" if classes else "left out, since this model knows no classes"
-        raise UserError(f"--class must be {right}, and is {args.label}.")
-    if args.label is not None:
-        labels = np.full(len(seeds), args.label, np.int32)
-    elif classes:
-        labels = np.asarray(draws.labels(jnp.asarray(seeds), classes))
-    else:
-        labels = np.full(len(seeds), -1, np.int32)
+    steps = choose_steps(args, experiment.config.samples.steps, grid)
+    labels = choose_labels(args.label, seeds, classes)
 
     guidance = parse_guidance(args)
     guide = None
     if args.guide is not None:
-        _, others, guide_meta = Checkpoints(args.guide / "checkpoints", read_only=True).restore_model()
-        other = Experiment.from_config(from_dict(guide_meta["config"]))
+        _, other, others = load_model(args.guide)
         if (other.image_shape, other.num_classes) != (experiment.image_shape, classes):
             raise UserError(
                 f"The guide {args.guide} makes images of {other.image_shape} with {other.num_classes} classes, and the "

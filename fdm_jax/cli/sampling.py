@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from fdm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from fdm_jax.experiment import Experiment
     from fdm_jax.sampling.guidance import Guidance
 
 
@@ -120,3 +123,44 @@ def choose_steps(args: argparse.Namespace, default: int, grid: str | list[float]
     if args.steps is not None:
         return args.steps
     return default if isinstance(grid, str) else len(grid) - 1
+
+
+class Loaded(NamedTuple):
+    """A checkpoint's model."""
+
+    checkpoint: int
+    experiment: Experiment
+    variables: dict[str, Any]
+
+
+def load_model(workdir: Path, step: int | None = None) -> Loaded:
+    """The averaged weights of a workdir, from the newest checkpoint by default.
+
+    Raises:
+      UserError: it is no workdir, or there is no such checkpoint.
+    """
+    from fdm_jax.defaults import from_dict
+    from fdm_jax.experiment import Experiment
+    from fdm_jax.training.checkpoints import Checkpoints, read_config
+
+    read_config(workdir)  # says so if it is none
+    checkpoint, variables, meta = Checkpoints(workdir / "checkpoints", read_only=True).restore_model(step)
+    return Loaded(checkpoint, Experiment.from_config(from_dict(meta["config"])), variables)
+
+
+def choose_labels(label: int | None, seeds: np.ndarray, classes: int) -> np.ndarray:
+    """The class of each seed, int32 [N]: the given one, or one drawn from the seed; -1 without classes.
+
+    Raises:
+      UserError: the model does not know the class.
+    """
+    import jax.numpy as jnp
+
+    from fdm_jax.sampling import seeds as draws
+
+    if label is not None and not 0 <= label < classes:
+        right = f"from 0 to {classes - 1}" if classes else "left out, since this model knows no classes"
+        raise UserError(f"--class must be {right}, and is {label}.")
+    if label is not None or not classes:
+        return np.full(len(seeds), -1 if label is None else label, np.int32)
+    return np.asarray(draws.labels(jnp.asarray(seeds), classes))

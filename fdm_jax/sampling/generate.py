@@ -22,7 +22,33 @@ from fdm_jax.sampling.linear import integrate
 from fdm_jax.sampling.seeds import churn_noise, latents, to_uint8
 from fdm_jax.sampling.solvers import SOLVERS, make_calls
 
+LabelledDenoiser = Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]
 GenerateFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def make_labelled_denoiser(network: nn.Module, family: Family) -> LabelledDenoiser:
+    """D(variables, x, sigma, class_labels) of a model."""
+
+    def denoise(variables: Any, x: jax.Array, sigma: jax.Array, class_labels: jax.Array | None) -> jax.Array:
+        return make_denoise_fn(family, functools.partial(network.apply, variables))(x, sigma, class_labels)
+
+    return denoise
+
+
+def levels_of(
+    grid: str | Sequence[float], family: Family, sigma_min: float, sigma_max: float, rho: float, *, clip: bool = True
+) -> Callable[[int], np.ndarray]:
+    """A grid as a function from its number of points to noise levels, with 0 after them; see :func:`make_generate_fn`."""
+    span = sampling_range(family, sigma_min, sigma_max) if clip else (sigma_min, sigma_max)
+
+    def levels(points: int) -> np.ndarray:
+        if not isinstance(grid, str):
+            return np.asarray(grid, np.float64)
+        if grid not in GRIDS:
+            raise UserError(f"There is no grid {grid!r}: {nearest(grid, GRIDS)}")
+        return edm_sigmas(points, *span, rho) if grid == "edm" else GRIDS[grid](points, *span)
+
+    return levels
 
 
 def make_generate_fn(
@@ -63,34 +89,27 @@ def make_generate_fn(
     The result takes variables as ``network.apply`` does, seeds uint32 [B] and labels int32 [B], where -1 stands
     for "no class"; labels are ignored by unconditional models.
     """
-    span = sampling_range(family, sigma_min, sigma_max) if clip else (sigma_min, sigma_max)
-
-    def levels(points: int) -> np.ndarray:
-        if not isinstance(grid, str):
-            return np.asarray(grid, np.float64)
-        if grid not in GRIDS:
-            raise UserError(f"There is no grid {grid!r}: {nearest(grid, GRIDS)}")
-        return edm_sigmas(points, *span, rho) if grid == "edm" else GRIDS[grid](points, *span)
-
+    levels = levels_of(grid, family, sigma_min, sigma_max, rho, clip=clip)
     if guidance is not None and guide is None and not num_classes:
         raise UserError("Classifier-free guidance needs a model with classes, and this one has none.")
     calls = make_calls(solver, steps, levels, churn)
     start = levels(SOLVERS[solver].points(steps))[0]
+    labelled = make_labelled_denoiser(network, family)
 
     def generate(variables: Any, seeds: jax.Array, labels: jax.Array) -> jax.Array:
         class_labels = jax.nn.one_hot(labels, num_classes) if num_classes else None
         own, others = variables if guide is not None else (variables, {})
 
         def denoise_labelled(x: jax.Array, sigma: jax.Array, class_labels: jax.Array | None) -> jax.Array:
-            return make_denoise_fn(family, functools.partial(network.apply, own))(x, sigma, class_labels)
+            return labelled(own, x, sigma, class_labels)
 
         def denoise(x: jax.Array, sigma: jax.Array, /) -> jax.Array:
-            return denoise_labelled(x, sigma, class_labels)
+            return labelled(own, x, sigma, class_labels)
 
         denoise_fn: DenoiseFn = denoise
         if guidance is not None and guide is not None:
-            other = make_denoise_fn(guide[1], functools.partial(guide[0].apply, others))
-            denoise_fn = guidance(denoise, lambda x, sigma: (denoise(x, sigma), other(x, sigma, class_labels)))
+            other = make_labelled_denoiser(*guide)
+            denoise_fn = guidance(denoise, lambda x, sigma: (denoise(x, sigma), other(others, x, sigma, class_labels)))
         elif guidance is not None and class_labels is not None:
             denoise_fn = guidance(denoise, with_and_without_class(denoise_labelled, class_labels))
         noise = latents(seeds, image_shape)

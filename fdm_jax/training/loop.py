@@ -13,6 +13,7 @@ from typing import Any
 
 import clu.parameter_overview
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fdm_jax import pictures
@@ -145,11 +146,12 @@ class _Run:
             raise UserError(f"init_from={workdir} cannot be used: {error}") from error
         if self.main:
             print(f"Weights: the average of {workdir}, step {step:,}.", flush=True)
-        constants = {name: value for name, value in variables.items() if name != "params"}
-        whole = replicated(self.mesh)
-        # Two copies, since each is given away to the first step.
-        params, ema = (jax.device_put(variables["params"], whole, may_alias=False) for _ in range(2))
-        return state.replace(params=params, ema=ema, constants=jax.device_put(constants, whole))
+        # Computed, not put: what is put on a device may share memory with where it came from, and the first step gives
+        # both parameters and average away.
+        host = jax.tree.map(np.asarray, variables)
+        copies = jax.jit(lambda v: jax.tree.map(jnp.copy, (v, v["params"])), out_shardings=replicated(self.mesh))
+        own, ema = copies(host)
+        return state.replace(params=own.pop("params"), ema=ema, constants=own)
 
     def train(self) -> bool:
         state = self._initial_state()

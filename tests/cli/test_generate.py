@@ -171,7 +171,7 @@ def test_guidance(straight_run, tmp_path, capsys):
         (["--guide=x"], "--guide needs a scale"),
         (["--guidance=2", "--guidance-interval=1"], "two noise levels LOW,HIGH"),
         (["--guidance=2", "--guidance-interval=2,1"], "from a lower to a higher"),
-        (["--guidance=2", f"--guide={tmp_path / 'nowhere'}"], "There is no checkpoint"),
+        (["--guidance=2", f"--guide={tmp_path / 'nowhere'}"], "is not the workdir of a run"),
     ):
         assert main(["generate", f"--workdir={straight_run}", f"--out={tmp_path / 'x.png'}", "--steps=2", *more]) == 2
         assert words in capsys.readouterr().err
