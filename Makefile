@@ -3,8 +3,8 @@
 PYTHON ?= python3
 # cuda12, cuda13 or tpu: install JAX for that accelerator.
 EXTRA ?=
-# More for pytest, such as "-n 2" (two processes) or "-k sampling".
-PYTEST_ARGS ?=
+# For pytest: the number of processes; with "-k sampling" some tests in one process.
+PYTEST_ARGS ?= -n 2
 # More for the resolver: --upgrade takes the newest releases, --upgrade-package=jax those of one package.
 LOCK_ARGS ?=
 
@@ -20,7 +20,7 @@ slow = --timeout=14400
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "With PYTHON=python3.12 another interpreter, with EXTRA=cuda12, cuda13 or tpu an accelerator, with PYTEST_ARGS='-n 2' two test processes."
+	@echo "With PYTHON=python3.12 another interpreter, with EXTRA=cuda12, cuda13 or tpu an accelerator, with PYTEST_ARGS='-k sampling' some of the tests."
 
 install: $(installed) ## .venv with the locked packages and fdm_jax itself
 
@@ -50,7 +50,7 @@ demo: $(installed) ## train a small model on digits and sample from it, into dem
 	$(python) -m fdm_jax demo --workdir=demo_run
 
 fidelity: $(installed) ## train on the digits as the original did, and compare
-	XLA_FLAGS=--xla_backend_optimization_level=3 $(python) -m pytest -m slow $(slow) -s tests/test_digits_runs.py $(PYTEST_ARGS)
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(python) -m pytest -m slow $(slow) -s tests/test_digits_runs.py
 
 compile = .venv-lock/bin/uv pip compile setup.cfg --python=.venv-lock/bin/python --python-version=3.11 --universal \
 	--generate-hashes --custom-compile-command="make lock" --quiet --extra=dev $(LOCK_ARGS)
