@@ -69,7 +69,7 @@ class LocalImages(tfds.core.ShardBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         raw = self._raw
         shape = (raw.resolution, raw.resolution, raw.channels)
-        # As bytes: TFDS would write a list of integers otherwise, which takes thirty times as long to read.
+        # As bytes: TFDS would write a list of integers otherwise, which takes 7 times as long to write and 2.5 to read.
         features = {"image": tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="bytes")}
         if raw.num_classes:
             names = {"names": list(raw.class_names)} if raw.class_names else {"num_classes": raw.num_classes}
