@@ -13,6 +13,7 @@ import numpy as np
 from fdm_jax import __version__
 from fdm_jax.errors import UserError
 from fdm_jax.interop.models import Model, load_snapshot
+from fdm_jax.interop.snapshots import import_torch
 from fdm_jax.interop.state_dict import from_torch, to_torch
 from fdm_jax.networks.song_unet import PRESETS
 from fdm_jax.training.checkpoints import Checkpoints
@@ -153,24 +154,13 @@ def _save_safetensors(state: Mapping[str, np.ndarray], path: Path) -> None:
     save_file(dict(state), path)
 
 
-def _torch(purpose: str) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"To {purpose}, torch must be installed: pip install torch (the build for CPUs does), or "
-            'pip install "fdm_jax[torch]".'
-        ) from error
-    return torch
-
-
 def _load_torch(path: Path) -> Mapping[str, np.ndarray]:
-    state = _torch("read a .pt file").load(path, map_location="cpu", weights_only=True)
+    state = import_torch("read a .pt file").load(path, map_location="cpu", weights_only=True)
     return {name: tensor.numpy() for name, tensor in state.items()}
 
 
 def _save_torch(state: Mapping[str, np.ndarray], path: Path) -> None:
-    torch = _torch("write a .pt file")
+    torch = import_torch("write a .pt file")
     torch.save({name: torch.from_numpy(np.array(value)) for name, value in state.items()}, path)
 
 

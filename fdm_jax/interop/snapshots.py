@@ -78,10 +78,10 @@ def read_snapshot(path: Path, load_storage: Callable[[bytes], np.ndarray] | None
     with _mapped(path) as file:
         try:
             content = PlainUnpickler(file, _functions(load_storage), _CONTAINERS).load()
+        except MissingTorch:
+            raise
         except UserError as error:
             raise UserError(f"{path} is not a snapshot that can be read: {error}.") from error
-        except MissingTorch as error:
-            raise UserError(str(error)) from error
         except Exception as error:  # a damaged pickle makes its reader raise nearly anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
             raise UserError(f"{path} is not a snapshot, or a damaged or incomplete one ({reason}).") from error
@@ -247,8 +247,24 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.nd
     return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
 
 
-class MissingTorch(Exception):
+class MissingTorch(UserError):
     """torch is not installed."""
+
+
+def import_torch(purpose: str) -> Any:
+    """The module, for those who come from PyTorch or go there.
+
+    Raises:
+      MissingTorch: it is not installed; the sentence says what for, and how to get it.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingTorch(
+            f"To {purpose}, torch must be installed: pip install torch (the build for CPUs does), or "
+            'pip install "fdm_jax[torch]".'
+        ) from error
+    return torch
 
 
 def torch_storage(data: bytes) -> np.ndarray:
@@ -257,13 +273,7 @@ def torch_storage(data: bytes) -> np.ndarray:
     Raises:
       MissingTorch: torch is not installed.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingTorch(
-            "To read a PyTorch snapshot, torch must be installed: pip install torch (the build for CPUs does), "
-            'or pip install "fdm_jax[torch]".'
-        ) from error
+    torch = import_torch("read a PyTorch snapshot")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that typed storages are deprecated
         storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
