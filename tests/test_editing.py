@@ -8,7 +8,7 @@ from conftest import enable_x64
 
 from fdm_jax.errors import UserError
 from fdm_jax.sampling import edm_sigmas
-from fdm_jax.sampling.editing import LUMA, colorise, encode, inpaint, interpolate, start_from
+from fdm_jax.sampling.editing import LUMA, colorise, encode, inpaint, interpolate, resampling_calls, start_from
 from fdm_jax.sampling.linear import integrate
 from fdm_jax.sampling.solvers import SOLVERS, make_calls
 
@@ -33,6 +33,37 @@ def test_inpainting_keeps_what_is_known_and_makes_the_rest_like_it(solver):
     kept = np.broadcast_to(mask == 0, known.shape)
     np.testing.assert_allclose(out[kept], np.asarray(known)[kept], atol=1e-5)
     np.testing.assert_allclose(out[:, :2, :2].mean(axis=(1, 2, 3)), [0.6, -0.3], atol=0.25)
+
+
+def test_resampling_agrees_more_with_what_is_known():
+    """Two pixels, correlated by 0.9: what is made of one must be distributed as the other tells."""
+    covariance = 0.25 * np.array([[1, 0.9], [0.9, 1]])
+
+    def pairs(x, sigma):
+        gain = jnp.linalg.solve(covariance + sigma**2 * jnp.eye(2), covariance)
+        return (x.reshape(-1, 2) @ gain).reshape(x.shape)
+
+    n = 4000
+    known = jnp.full((n, 1, 2, 1), 0.5)
+    mask = jnp.asarray([1.0, 0.0]).reshape(1, 2, 1)
+    noise = lambda step: jax.random.normal(jax.random.key(step), known.shape)  # noqa: E731
+    latents = jnp.asarray(RNG.standard_normal(known.shape), jnp.float32)
+    errors = []
+    for repeats in (1, 5):
+        calls = resampling_calls(edm_sigmas(16), repeats)
+        assert len(calls) == 2 * 15 * repeats + 1
+        sample = jax.jit(lambda x, calls=calls: integrate(inpaint(pairs, known, mask), x, 80.0, calls, noise))
+        made = np.asarray(sample(latents))[:, 0, 0, 0]
+        errors.append((abs(made.mean() - 0.9 * 0.5), abs(made.std() - 0.5 * np.sqrt(1 - 0.81))))
+    assert errors[1][0] < errors[0][0] / 2 and errors[1][0] < 0.08
+    assert errors[1][1] < 0.06
+
+
+def test_resampling_once_is_the_plain_table():
+    assert resampling_calls(edm_sigmas(5), 1, heun=False)[-1].noise == 0
+    x = jnp.asarray(RNG.standard_normal((1, 4, 4, 1)), jnp.float32)
+    once = integrate(two_peaks, x, 80.0, resampling_calls(edm_sigmas(5), 1))
+    np.testing.assert_array_equal(once, integrate(two_peaks, x, 80.0, make_calls("heun", 5, edm_sigmas)))
 
 
 def test_a_mask_of_nothing_and_of_everything():

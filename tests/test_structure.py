@@ -15,7 +15,7 @@ CORE = [
 CORE_MODULES = ("errors", "momentum", "families", "denoiser", "objective", "augment", "networks", "sampling")
 ALLOWED = {
     "__future__", "abc", "collections", "dataclasses", "difflib", "functools", "itertools", "math", "typing",
-    "flax", "jax", "numpy", "optax",
+    "diffrax", "flax", "jax", "numpy", "optax",
 }  # fmt: skip
 
 

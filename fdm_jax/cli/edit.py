@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 
 from fdm_jax.cli.generate import parse_seeds
-from fdm_jax.cli.sampling import add_sampling_arguments, choose_labels, choose_steps, load_model, parse_grid
+from fdm_jax.cli.sampling import (
+    add_sampling_arguments,
+    choose_labels,
+    choose_steps,
+    load_guidance,
+    load_model,
+    parse_grid,
+)
 from fdm_jax.errors import UserError
 
 HELP = "inpaint, vary, colorise, encode or interpolate images"
@@ -32,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="the picture")
     parser.add_argument("--image", type=Path, metavar="FILE", help="of the model's size (not for interpolate)")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="for inpaint: white where pixels are to be made")
+    parser.add_argument(
+        "--resample", type=int, default=1, metavar="N", help="for inpaint: go over each step N times (default: 1)"
+    )
     parser.add_argument(
         "--strength", type=float, default=0.6, help="for vary: share of the steps (default: %(default)s)"
     )
@@ -49,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     from fdm_jax import pictures
     from fdm_jax.sampling import Churn, editing
-    from fdm_jax.sampling.generate import levels_of, make_labelled_denoiser
+    from fdm_jax.sampling.generate import levels_of, make_model_denoiser
     from fdm_jax.sampling.linear import integrate
     from fdm_jax.sampling.seeds import churn_noise, latents, to_uint8
     from fdm_jax.sampling.solvers import SOLVERS, make_calls
@@ -75,36 +85,40 @@ def run(args: argparse.Namespace) -> int:
         noise = editing.interpolate(noise[:1], noise[1:], t)
         seeds = np.full(args.frames, seeds[0])
     labels = choose_labels(args.label, seeds, experiment.num_classes)
-    denoise_labelled = make_labelled_denoiser(experiment.network, experiment.family)
+    guidance, guide, variables = load_guidance(args, model)
+    model_denoiser = make_model_denoiser(
+        experiment.network, experiment.family, experiment.num_classes, guidance, guide
+    )  # fmt: skip
     images: Any = None if known is None else jnp.broadcast_to(known, (len(seeds), *known.shape))
     if args.action == "vary":
         if SOLVERS[args.solver].points(steps) != steps:
             raise UserError(f"vary takes a solver with a step for each level of its grid, not {args.solver}.")
         noise, sigmas = editing.start_from(images, noise, sigmas, args.strength)
         steps = len(sigmas) - 1
+    if args.resample > 1:
+        if args.solver not in ("heun", "euler") or args.S_churn:
+            raise UserError(
+                f"Resampling belongs to the solvers heun and euler, not to {args.solver}{' with churn' * bool(args.S_churn)}."
+            )
+        calls = editing.resampling_calls(sigmas, args.resample, heun=args.solver == "heun")
+    else:
+        calls = make_calls(args.solver, steps, sigmas.tolist(), churn)
     mask = None
     if args.action == "inpaint":
         mask = (read_image(args.mask, (*shape[:2], 1), False) > 0).astype(jnp.float32)
 
     def sample(variables: Any, start: jax.Array, labels: jax.Array) -> jax.Array:
-        class_labels = jax.nn.one_hot(labels, experiment.num_classes) if experiment.num_classes else None
-
-        def denoise(x: jax.Array, sigma: jax.Array, /) -> jax.Array:
-            return denoise_labelled(variables, x, sigma, class_labels)
-
-        denoise_fn: Any = denoise
+        denoise_fn: Any = model_denoiser(variables, labels)
         if mask is not None:
-            denoise_fn = editing.inpaint(denoise, images, mask)
+            denoise_fn = editing.inpaint(denoise_fn, images, mask)
         elif args.action == "colorise":
-            denoise_fn = editing.colorise(denoise, images)
+            denoise_fn = editing.colorise(denoise_fn, images)
         elif args.action == "encode":
-            start = editing.encode(denoise, images, sigmas)
+            start = editing.encode(denoise_fn, images, sigmas)
         draw: Callable[[jax.Array], jax.Array] = lambda i: churn_noise(jnp.asarray(seeds), i, shape)  # noqa: E731
-        return to_uint8(
-            integrate(denoise_fn, start, sigmas[0], make_calls(args.solver, steps, sigmas.tolist(), churn), draw)
-        )
+        return to_uint8(integrate(denoise_fn, start, sigmas[0], calls, draw))
 
-    results = np.asarray(jax.jit(sample)(model.variables, noise, jnp.asarray(labels)))
+    results = np.asarray(jax.jit(sample)(variables, noise, jnp.asarray(labels)))
     if known is not None:
         first = np.broadcast_to(np.asarray(to_uint8(known)), results.shape[1:])
         if mask is not None:  # what is to be made is shown grey
@@ -125,12 +139,16 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--frames must be 2 or more, and is {args.frames}.")
     if (args.image is None) != (args.action == "interpolate"):
         raise UserError("--image is not for interpolate." if args.image else f"{args.action} needs an --image.")
+    if args.resample < 1 or (args.resample > 1 and args.action != "inpaint"):
+        raise UserError(
+            f"--resample must be 1 or more, and is {args.resample}."
+            if args.resample < 1
+            else f"--resample is for inpaint, not for {args.action}."
+        )
     if (args.mask is None) == (args.action == "inpaint"):
         raise UserError(
             "inpaint needs a --mask." if args.mask is None else f"--mask is for inpaint, not for {args.action}."
         )
-    if args.guidance is not None or args.guide is not None:
-        raise UserError("fdm edit does not guide yet: leave --guidance and --guide out.")
 
 
 def read_image(path: Path, shape: tuple[int, ...], grey: bool) -> Any:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ from fdm_jax.cli.sampling import (
     add_sampling_arguments,
     choose_labels,
     choose_steps,
+    load_guidance,
     load_model,
     parse_grid,
-    parse_guidance,
-)  # fmt: skip
+)
 from fdm_jax.errors import UserError
 
 HELP = "generate images with a trained model"
@@ -91,28 +90,11 @@ def run(args: argparse.Namespace) -> int:
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     model = load_model(args.workdir, args.checkpoint)
     experiment, checkpoint, classes = model.experiment, model.checkpoint, model.experiment.num_classes
-    variables: Any = model.variables  # or a pair with those of a guide
     grid = parse_grid(args.grid)
     steps = choose_steps(args, experiment.config.samples.steps, grid)
     labels = choose_labels(args.label, seeds, classes)
 
-    guidance = parse_guidance(args)
-    guide = None
-    if args.guide is not None:
-        _, other, others = load_model(args.guide)
-        if (other.image_shape, other.num_classes) != (experiment.image_shape, classes):
-            raise UserError(
-                f"The guide {args.guide} makes images of {other.image_shape} with {other.num_classes} classes, and the "
-                f"model of {experiment.image_shape} with {classes}: they must be alike."
-            )
-        guide, variables = (other.network, other.family), (variables, others)
-    elif guidance is not None and classes and not experiment.network.label_dropout:
-        print(
-            "fdm generate: warning: the model was trained without label dropout (network.label_dropout is 0), so it has "
-            "never seen an image without its class: guidance away from that may not mean much.",
-            file=sys.stderr,
-        )
-
+    guidance, guide, variables = load_guidance(args, model)
     churn = Churn(S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
     settings = {
         "workdir": str(args.workdir.resolve()), "checkpoint": checkpoint, "class": args.label, "steps": steps,

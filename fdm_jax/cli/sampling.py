@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -146,6 +147,32 @@ def load_model(workdir: Path, step: int | None = None) -> Loaded:
     read_config(workdir)  # says so if it is none
     checkpoint, variables, meta = Checkpoints(workdir / "checkpoints", read_only=True).restore_model(step)
     return Loaded(checkpoint, Experiment.from_config(from_dict(meta["config"])), variables)
+
+
+def load_guidance(args: argparse.Namespace, model: Loaded) -> tuple[Guidance | None, Any, Any]:
+    """The guidance asked for, network and family of the guide if there is one, and the variables of all that runs.
+
+    Says on stderr if the model was not trained for it.
+
+    Raises:
+      UserError: see :func:`parse_guidance`; a guide for other images or classes.
+    """
+    guidance, experiment = parse_guidance(args), model.experiment
+    if args.guide is not None:
+        _, other, others = load_model(args.guide)
+        if (other.image_shape, other.num_classes) != (experiment.image_shape, experiment.num_classes):
+            raise UserError(
+                f"The guide {args.guide} makes images of {other.image_shape} with {other.num_classes} classes, and the "
+                f"model of {experiment.image_shape} with {experiment.num_classes}: they must be alike."
+            )
+        return guidance, (other.network, other.family), (model.variables, others)
+    if guidance is not None and experiment.num_classes and not experiment.network.label_dropout:
+        print(
+            f"fdm {args.command}: warning: the model was trained without label dropout (network.label_dropout is 0), so "
+            "it has never seen an image without its class: guidance away from that may not mean much.",
+            file=sys.stderr,
+        )
+    return guidance, None, model.variables
 
 
 def choose_labels(label: int | None, seeds: np.ndarray, classes: int) -> np.ndarray:

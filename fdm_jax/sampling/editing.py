@@ -13,7 +13,7 @@ import numpy as np
 from fdm_jax.denoiser import DenoiseFn
 from fdm_jax.errors import UserError
 from fdm_jax.sampling.edm import heun_step
-from fdm_jax.sampling.linear import check_grid, integrate
+from fdm_jax.sampling.linear import Call, check_grid, euler, integrate, step_call
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -34,6 +34,24 @@ def inpaint(denoise_fn: DenoiseFn, known: jax.Array, mask: jax.Array) -> Denoise
     except ValueError as error:
         raise UserError(f"The mask is {list(mask.shape)}, which does not fit images of {list(known.shape)}.") from error
     return lambda x, sigma: mask * denoise_fn(x, sigma) + (1 - mask) * known
+
+
+def resampling_calls(sigmas: np.ndarray, repeats: int, heun: bool = True) -> list[Call]:
+    """Heun's or Euler's table that goes over each step several times: down, noised up again, and down again.
+
+    What was made gets the chance to agree with what is known around it (RePaint, Lugmayr et al., arXiv 2201.09865). The
+    last step, to 0, is gone once. NFE are ``repeats`` times those of the others.
+    """
+    sigmas, calls, draws = check_grid(sigmas), [], 0
+    for sigma, to in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for repeat in range(repeats if to > 0 else 1):
+            noise = float(np.sqrt(sigma**2 - to**2)) if repeat else 0.0  # what leads from ``to`` up to sigma
+            if heun and to > 0:
+                calls += heun_step(sigma, to, noise, draws)
+            else:
+                calls.append(step_call(sigma, euler(sigma, to), noise, draws))
+            draws += 1
+    return calls
 
 
 def colorise(denoise_fn: DenoiseFn, grey: jax.Array) -> DenoiseFn:

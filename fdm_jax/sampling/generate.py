@@ -22,17 +22,44 @@ from fdm_jax.sampling.linear import integrate
 from fdm_jax.sampling.seeds import churn_noise, latents, to_uint8
 from fdm_jax.sampling.solvers import SOLVERS, make_calls
 
-LabelledDenoiser = Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]
+# (variables, labels int [B]) -> D(x, sigma)
+ModelDenoiser = Callable[[Any, jax.Array], DenoiseFn]
 GenerateFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
-def make_labelled_denoiser(network: nn.Module, family: Family) -> LabelledDenoiser:
-    """D(variables, x, sigma, class_labels) of a model."""
+def make_model_denoiser(
+    network: nn.Module,
+    family: Family,
+    num_classes: int,
+    guidance: Guidance | None = None,
+    guide: tuple[nn.Module, Family] | None = None,
+) -> ModelDenoiser:
+    """Build denoiser(variables, labels) -> D(x, sigma), guided if so wished; the arguments are those of :func:`make_generate_fn`.
 
-    def denoise(variables: Any, x: jax.Array, sigma: jax.Array, class_labels: jax.Array | None) -> jax.Array:
-        return make_denoise_fn(family, functools.partial(network.apply, variables))(x, sigma, class_labels)
+    Raises:
+      UserError: guidance by classes of a model that has none.
+    """
+    if guidance is not None and guide is None and not num_classes:
+        raise UserError("Classifier-free guidance needs a model with classes, and this one has none.")
 
-    return denoise
+    def model_denoiser(variables: Any, labels: jax.Array) -> DenoiseFn:
+        class_labels = jax.nn.one_hot(labels, num_classes) if num_classes else None
+        own, others = variables if guide is not None else (variables, {})
+        labelled = make_denoise_fn(family, functools.partial(network.apply, own))
+
+        def denoise(x: jax.Array, sigma: jax.Array, /) -> jax.Array:
+            return labelled(x, sigma, class_labels)
+
+        if guidance is None:
+            return denoise
+        if guide is not None:
+            other_network, other_family = guide
+            other = make_denoise_fn(other_family, functools.partial(other_network.apply, others))
+            return guidance(denoise, lambda x, sigma: (denoise(x, sigma), other(x, sigma, class_labels)))
+        assert class_labels is not None
+        return guidance(denoise, with_and_without_class(labelled, class_labels))
+
+    return model_denoiser
 
 
 def levels_of(
@@ -67,6 +94,7 @@ def make_generate_fn(
     churn: Churn | None = None,
     guidance: Guidance | None = None,
     guide: tuple[nn.Module, Family] | None = None,
+    quantise: bool = True,
 ) -> GenerateFn:
     """Build generate(variables, seeds, labels) -> uint8 [B, H, W, C]; pure and jittable.
 
@@ -82,6 +110,7 @@ def make_generate_fn(
       guidance: how strongly to guide, classifier-free unless there is a guide; None for not at all.
       guide: network and family of a second, worse model to guide away from (autoguidance). ``variables`` of the result
         is then a pair, of the model and of the guide.
+      quantise: False for float32 images, about [-1, 1].
 
     Raises:
       UserError: see :func:`~fdm_jax.sampling.solvers.make_calls`.
@@ -90,31 +119,15 @@ def make_generate_fn(
     for "no class"; labels are ignored by unconditional models.
     """
     levels = levels_of(grid, family, sigma_min, sigma_max, rho, clip=clip)
-    if guidance is not None and guide is None and not num_classes:
-        raise UserError("Classifier-free guidance needs a model with classes, and this one has none.")
+    model_denoiser = make_model_denoiser(network, family, num_classes, guidance, guide)
     calls = make_calls(solver, steps, levels, churn)
     start = levels(SOLVERS[solver].points(steps))[0]
-    labelled = make_labelled_denoiser(network, family)
 
     def generate(variables: Any, seeds: jax.Array, labels: jax.Array) -> jax.Array:
-        class_labels = jax.nn.one_hot(labels, num_classes) if num_classes else None
-        own, others = variables if guide is not None else (variables, {})
-
-        def denoise_labelled(x: jax.Array, sigma: jax.Array, class_labels: jax.Array | None) -> jax.Array:
-            return labelled(own, x, sigma, class_labels)
-
-        def denoise(x: jax.Array, sigma: jax.Array, /) -> jax.Array:
-            return labelled(own, x, sigma, class_labels)
-
-        denoise_fn: DenoiseFn = denoise
-        if guidance is not None and guide is not None:
-            other = make_labelled_denoiser(*guide)
-            denoise_fn = guidance(denoise, lambda x, sigma: (denoise(x, sigma), other(others, x, sigma, class_labels)))
-        elif guidance is not None and class_labels is not None:
-            denoise_fn = guidance(denoise, with_and_without_class(denoise_labelled, class_labels))
         noise = latents(seeds, image_shape)
-        x = integrate(denoise_fn, noise, start, calls, lambda i: churn_noise(seeds, i, image_shape))
-        return to_uint8(x)
+        draw = functools.partial(churn_noise, seeds, shape=image_shape)
+        x = integrate(model_denoiser(variables, labels), noise, start, calls, draw)
+        return to_uint8(x) if quantise else x
 
     return generate
 

@@ -44,6 +44,16 @@ def test_inpainting(edit):
     assert (made[0][:3] != made[1][:3]).any()
 
 
+def test_inpainting_with_resampling_and_guidance(edit):
+    arguments = ["--image=DIR/image.png", "--mask=DIR/mask.png", "--seeds=0"]
+    _, plain = edit("inpaint", *arguments)
+    _, resampled = edit("inpaint", *arguments, "--resample=3")
+    _, guided = edit("inpaint", *arguments, "--guidance=3")
+    for other in (resampled, guided):
+        assert abs(other[3:].astype(int) - IMAGE[3:]).max() <= 1
+        assert (other[:3] != plain[:3]).any()
+
+
 def test_variations(edit):
     shown, *little = edit("vary", "--image=DIR/image.png", "--strength=0.3", "--seeds=0,1")
     np.testing.assert_array_equal(shown, IMAGE)
@@ -79,7 +89,13 @@ def test_interpolation(edit):
         (["interpolate", "--seeds=1,2,3"], "give two, not 3"),
         (["interpolate", "--image=DIR/image.png", "--seeds=1,2"], "--image is not for interpolate"),
         (["interpolate", "--seeds=1,2", "--frames=1"], "--frames must be 2 or more"),
-        (["interpolate", "--seeds=1,2", "--guidance=2"], "does not guide yet"),
+        (["vary", "--image=DIR/image.png", "--resample=2"], "--resample is for inpaint, not for vary"),
+        (["inpaint", "--image=DIR/image.png", "--mask=DIR/mask.png", "--resample=0"], "--resample must be 1 or more"),
+        (
+            ["inpaint", "--image=DIR/image.png", "--mask=DIR/mask.png", "--resample=2", "--solver=dpmpp-2m"],
+            "Resampling belongs to the solvers heun and euler, not to dpmpp-2m",
+        ),
+        (["interpolate", "--seeds=1,2", "--guide=DIR"], "--guide needs a scale"),
     ],
 )
 def test_bad_input(edit, tmp_path, arguments, words):
