@@ -155,15 +155,15 @@ def _field(config: ConfigDict, name: str) -> Any:
     return config
 
 
-def open_data(config: ConfigDict, split: str | None = None) -> Source:
-    """The data set of a configuration; ``split`` replaces the configured one.
+def open_data(config: ConfigDict, split: str | None = None, source: str | None = None) -> Source:
+    """The data set of a configuration; ``split`` and ``source`` replace the configured ones.
 
     Raises:
       UserError: see :func:`fdm_jax.data.opening.open_source`.
     """
     data = config.data
     return open_source(
-        data.source,
+        source or data.source,
         split=split or data.split,
         data_dir=data.data_dir,
         use_labels=data.class_conditional,

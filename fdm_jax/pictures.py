@@ -60,7 +60,9 @@ def curves_png(
     xlabel: str,
     ylabel: str,
     *,
+    logx: bool = False,
     logy: bool = False,
+    marker: str = "",
 ) -> None:
     """Draw lines into a PNG, written whole or not at all.
 
@@ -68,7 +70,8 @@ def curves_png(
       path: the file.
       series: {name: (x, y)}; the names are shown if there are several.
       xlabel, ylabel: what the axes are.
-      logy: whether the vertical axis is logarithmic.
+      logx, logy: whether the axes are logarithmic.
+      marker: matplotlib's mark of each point, such as "o".
 
     Raises:
       UserError: the file cannot be written.
@@ -80,13 +83,40 @@ def curves_png(
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes: Any = figure.subplots()
     for name, (x, y) in series.items():
-        axes.plot(x, y, label=name)
+        axes.plot(x, y, label=name, marker=marker, markersize=4)
+    if logx:
+        axes.set_xscale("log")
+        ticks = sorted({float(value) for x, _ in series.values() for value in x})
+        if len(ticks) <= 12:  # the numbers that were chosen say more than powers of ten
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xticks([], minor=True)
     if logy:
         axes.set_yscale("log")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     if len(series) > 1:
         axes.legend()
+    _write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def rows_png(path: str | os.PathLike[str], rows: Mapping[str, np.ndarray]) -> None:
+    """Draw rows of images under each other, each with its name at the left, into a PNG.
+
+    Args:
+      path: the file.
+      rows: {name: uint8 [N, H, W, C]}, all of one shape.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    count, height, width = next(iter(rows.values())).shape[:3]
+    figure = Figure(figsize=(1.8 + 0.5 * count, 0.2 + 0.6 * len(rows) * height / width), layout="constrained")
+    for axes, (name, images) in zip(np.atleast_1d(figure.subplots(len(rows))), rows.items(), strict=True):
+        axes.imshow(np.asarray(image_grid(images, count)), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set(xticks=[], yticks=[], anchor="W")
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
     _write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 

@@ -9,7 +9,8 @@ from scipy.stats import norm
 from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.evaluation.denoising import held_out_error
 from fdm_jax.evaluation.digits import DigitJudge
-from fdm_jax.evaluation.frechet import frechet_distance, moments
+from fdm_jax.evaluation.frechet import frechet_distance
+from fdm_jax.evaluation.moments import moments
 from fdm_jax.families import EDM, VE, VP
 from fdm_jax.momentum import Momentum
 

@@ -20,14 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fdm_jax.cli.sampling import (
-    add_sampling_arguments,
-    choose_labels,
-    choose_steps,
-    load_guidance,
-    load_model,
-    parse_grid,
-)
+from fdm_jax.cli.sampling import add_sampling_arguments, choose_labels, load_model, make_sampler
 from fdm_jax.errors import UserError
 
 HELP = "generate images with a trained model"
@@ -81,45 +74,26 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from fdm_jax import pictures
-    from fdm_jax.sampling import Churn
-    from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
-    from fdm_jax.sampling.grids import edm_sigmas
-    from fdm_jax.sampling.solvers import make_calls
+    from fdm_jax.sampling.generate import BatchedGenerator
     from fdm_jax.training.parallel import make_mesh
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     model = load_model(args.workdir, args.checkpoint)
-    experiment, checkpoint, classes = model.experiment, model.checkpoint, model.experiment.num_classes
-    grid = parse_grid(args.grid)
-    steps = choose_steps(args, experiment.config.samples.steps, grid)
-    labels = choose_labels(args.label, seeds, classes)
-
-    guidance, guide, variables = load_guidance(args, model)
-    churn = Churn(S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
-    settings = {
-        "workdir": str(args.workdir.resolve()), "checkpoint": checkpoint, "class": args.label, "steps": steps,
-        "solver": args.solver, "grid": args.grid, "match_original": args.match_original,
-        "sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho, "S_churn": args.S_churn,
-        "S_min": args.S_min, "S_max": str(args.S_max), "S_noise": args.S_noise, "guidance": args.guidance,
-        "guidance_interval": args.guidance_interval, "guide": str(args.guide.resolve()) if args.guide else None,
-    }  # fmt: skip
-    out = _Output(args.out, settings)
+    labels = choose_labels(args.label, seeds, model.experiment.num_classes)
+    sampler = make_sampler(args, model)
+    out = _Output(args.out, sampler.settings)
     missing = np.flatnonzero([not out.has(int(seed)) for seed in seeds])
     if len(missing):
-        generate = make_generate_fn(
-            experiment.network, experiment.family, experiment.image_shape, classes, steps=steps,
-            solver=args.solver, grid=grid, clip=not args.match_original, churn=churn, guidance=guidance, guide=guide,
-            sigma_min=args.sigma_min, sigma_max=args.sigma_max, rho=args.rho,
-        )  # fmt: skip
-        generator = BatchedGenerator(generate, make_mesh(), min(args.batch, len(missing)))
+        generator = BatchedGenerator(sampler.generate, make_mesh(), min(args.batch, len(missing)))
         with tqdm(total=len(seeds), initial=len(seeds) - len(missing), unit="img", disable=None) as bar:
-            for rows, images in generator(variables, seeds[missing], labels[missing]):
+            for rows, images in generator(sampler.variables, seeds[missing], labels[missing]):
                 for seed, image in zip(seeds[missing][rows], images, strict=True):
                     out.put(int(seed), image)
                 bar.update(len(images))
     out.finish(seeds, labels, args.columns or int(np.ceil(np.sqrt(len(seeds)))), pictures)
-    nfe = len(make_calls(args.solver, steps, edm_sigmas))
-    print(f"{len(seeds):,} images in {args.out} (checkpoint of step {checkpoint:,}, {args.solver}, {nfe} NFE).")
+    print(
+        f"{len(seeds):,} images in {args.out} (checkpoint of step {model.checkpoint:,}, {args.solver}, {sampler.nfe} NFE)."
+    )
     return 0
 
 

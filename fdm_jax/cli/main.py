@@ -13,7 +13,20 @@ from collections.abc import Sequence
 from fdm_jax import __version__
 from fdm_jax.errors import UserError
 
-COMMANDS = ("train", "generate", "edit", "dataset", "import", "export", "plan", "bench", "demo")
+COMMANDS = (
+    "train",
+    "generate",
+    "edit",
+    "likelihood",
+    "sweep",
+    "evaluate",
+    "dataset",
+    "import",
+    "export",
+    "plan",
+    "bench",
+    "demo",
+)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -13,12 +13,12 @@ from fdm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from fdm_jax.experiment import Experiment
+    from fdm_jax.sampling.generate import GenerateFn
     from fdm_jax.sampling.guidance import Guidance
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add them all, and ``--list-solvers``."""
-    parser.add_argument("--list-solvers", nargs=0, action=_ListSolvers, help="print a table of the solvers, and stop")
     parser.add_argument("--solver", default="heun", metavar="NAME", help="see --list-solvers (default: %(default)s)")
     parser.add_argument(
         "--grid", default="edm", metavar="NAME", help="edm, log-snr, vp-uniform, vp-quadratic, or the noise levels "
@@ -27,6 +27,16 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="solver steps (default: the run's samples.steps)")
     length.add_argument("--nfe", type=int, metavar="N", help="at most so many calls of the network, instead of --steps")
+    noise = add_range_and_guidance(parser)
+    noise.add_argument("--S_churn", type=float, default=0.0, help="0 (the default): deterministic")
+    noise.add_argument("--S_min", type=float, default=0.0, help="default: %(default)s")
+    noise.add_argument("--S_max", type=float, default=float("inf"), help="default: %(default)s")
+    noise.add_argument("--S_noise", type=float, default=1.0, help="default: %(default)s")
+
+
+def add_range_and_guidance(parser: argparse.ArgumentParser) -> Any:
+    """Those that any solver takes, and ``--list-solvers``; returns the group of the range."""
+    parser.add_argument("--list-solvers", nargs=0, action=_ListSolvers, help="print a table of the solvers, and stop")
     guide = parser.add_argument_group("guidance", "towards the class, or away from a worse model")
     guide.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; more: closer to the class")
     guide.add_argument(
@@ -47,10 +57,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not bound the range by the model's own: the original's DPM run",
     )
-    noise.add_argument("--S_churn", type=float, default=0.0, help="0 (the default): deterministic")
-    noise.add_argument("--S_min", type=float, default=0.0, help="default: %(default)s")
-    noise.add_argument("--S_max", type=float, default=float("inf"), help="default: %(default)s")
-    noise.add_argument("--S_noise", type=float, default=1.0, help="default: %(default)s")
+    return noise
 
 
 class _ListSolvers(argparse.Action):
@@ -191,3 +198,50 @@ def choose_labels(label: int | None, seeds: np.ndarray, classes: int) -> np.ndar
     if label is not None or not classes:
         return np.full(len(seeds), -1 if label is None else label, np.int32)
     return np.asarray(draws.labels(jnp.asarray(seeds), classes))
+
+
+class Sampler(NamedTuple):
+    """What the arguments ask for.
+
+    Attributes:
+      generate: (variables, seeds, labels) -> uint8 [B, H, W, C].
+      variables: of the model, or of it and its guide.
+      nfe: calls of the network per image.
+      settings: what the images depend on beside seed and class.
+    """
+
+    generate: GenerateFn
+    variables: Any
+    nfe: int
+    settings: dict[str, Any]
+
+
+def make_sampler(args: argparse.Namespace, model: Loaded, quantise: bool = True) -> Sampler:
+    """Build it; nothing is compiled. Without ``quantise`` images are float32.
+
+    Raises:
+      UserError: what is asked for does not exist or does not fit.
+    """
+    from fdm_jax.sampling import Churn
+    from fdm_jax.sampling.generate import make_generate_fn
+    from fdm_jax.sampling.grids import edm_sigmas
+    from fdm_jax.sampling.solvers import make_calls
+
+    experiment, grid = model.experiment, parse_grid(args.grid)
+    steps = choose_steps(args, experiment.config.samples.steps, grid)
+    guidance, guide, variables = load_guidance(args, model)
+    generate = make_generate_fn(
+        experiment.network, experiment.family, experiment.image_shape, experiment.num_classes, steps=steps,
+        solver=args.solver, grid=grid, clip=not args.match_original,
+        churn=Churn(S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise),
+        guidance=guidance, guide=guide, sigma_min=args.sigma_min, sigma_max=args.sigma_max, rho=args.rho,
+        quantise=quantise,
+    )  # fmt: skip
+    settings = {
+        "workdir": str(args.workdir.resolve()), "checkpoint": model.checkpoint, "class": args.label, "steps": steps,
+        "solver": args.solver, "grid": args.grid, "match_original": args.match_original,
+        "sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho, "S_churn": args.S_churn,
+        "S_min": args.S_min, "S_max": str(args.S_max), "S_noise": args.S_noise, "guidance": args.guidance,
+        "guidance_interval": args.guidance_interval, "guide": str(args.guide.resolve()) if args.guide else None,
+    }  # fmt: skip
+    return Sampler(generate, variables, len(make_calls(args.solver, steps, edm_sigmas)), settings)

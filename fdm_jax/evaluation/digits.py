@@ -8,7 +8,8 @@ import numpy as np
 from sklearn.svm import SVC
 
 from fdm_jax.data.digits import load_digits_arrays
-from fdm_jax.evaluation.frechet import frechet_distance, moments
+from fdm_jax.evaluation.frechet import frechet_distance
+from fdm_jax.evaluation.moments import moments
 
 
 class DigitJudge:

@@ -64,6 +64,11 @@ def vp_time_sigmas(
 def _check(num_steps: int, sigma_min: float, sigma_max: float) -> None:
     if num_steps < 1:
         raise UserError(f"The number of sampling steps must be 1 or more, and is {num_steps}.")
+    check_range(sigma_min, sigma_max)
+
+
+def check_range(sigma_min: float, sigma_max: float) -> None:
+    """Raise a UserError unless 0 < sigma_min < sigma_max."""
     if not 0 < sigma_min < sigma_max < np.inf:
         raise UserError(f"The noise range must have 0 < sigma_min < sigma_max, and is {sigma_min} to {sigma_max}.")
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 # Separate streams of one seed.
-_LATENT, _LABEL, _CHURN = range(3)
+_LATENT, _LABEL, _CHURN, _DEQUANTISE, _PROBE = range(5)
 
 
 def _keys(seeds: jax.Array, stream: int) -> jax.Array:
@@ -32,3 +32,14 @@ def churn_noise(seeds: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> ja
 def to_uint8(images: jax.Array) -> jax.Array:
     """[-1, 1] -> clip(x * 127.5 + 128, 0, 255), truncated."""
     return jnp.clip(images * 127.5 + 128, 0, 255).astype(jnp.uint8)
+
+
+def dequantise(images: jax.Array, seeds: jax.Array) -> jax.Array:
+    """uint8 [B, H, W, C] -> (value - 1/2 + u) / 127.5 - 1 with u uniform in [0, 1), a draw for each seed."""
+    u = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(_keys(seeds, _DEQUANTISE))
+    return (images - 0.5 + u) / 127.5 - 1
+
+
+def signs(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """-1 or 1, [B, *shape], for Hutchinson's estimate of a trace."""
+    return jax.vmap(lambda key: jax.random.rademacher(key, shape, jnp.float32))(_keys(seeds, _PROBE))

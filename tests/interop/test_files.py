@@ -17,7 +17,9 @@ from interop.storages import plain_storage
 from interop.written import write_snapshot
 
 from fdm_jax.cli.main import main
+from fdm_jax.defaults import from_dict
 from fdm_jax.errors import UserError
+from fdm_jax.experiment import Experiment
 from fdm_jax.interop import files, load_snapshot, models
 from fdm_jax.interop.snapshots import read_snapshot, tensors
 from fdm_jax.interop.state_dict import to_torch
@@ -59,6 +61,25 @@ def test_import_says_what_it_found_and_generates(tmp_path, capsys):
     assert main(["generate", f"--workdir={imported}", "--seeds=0-3", "--class=3", "--steps=3", f"--out={out}"]) == 0
     assert np.asarray(PIL.Image.open(out)).std() > 0
     assert json.loads((imported / "config.json").read_text())["network"]["model_channels"] == 16
+
+
+def test_what_was_imported_is_evaluated_and_compared(imported, tmp_path):
+    """By fdm evaluate and fdm sweep, as if trained here."""
+    shape = Experiment.from_config(from_dict(json.loads((imported / "config.json").read_text()))).image_shape
+    images = np.random.default_rng(0).integers(0, 256, (6, *shape), np.uint8)
+    (tmp_path / "real").mkdir()
+    for i, image in enumerate(images):
+        PIL.Image.fromarray(image.squeeze()).save(tmp_path / "real" / f"{i}.png")
+    statistics = f"{tmp_path}/ref.npz"
+    assert main(["evaluate", "ref", f"--data={tmp_path}/real", "--extractor=pixels", f"--out={statistics}"]) == 0
+    sampled = [f"--workdir={imported}", f"--ref={statistics}", "--num=8", "--batch=8"]
+    assert main(["evaluate", *sampled, "--steps=2", f"--out={tmp_path}/evaluation"]) == 0
+    figures = json.loads((tmp_path / "evaluation" / "result.json").read_text())
+    assert figures["images"] == 8 and np.isfinite(figures["metrics"]["frechet_distance"]["value"])
+    assert (
+        main(["sweep", *sampled, "--solvers=heun", "--nfe=3", "--seeds=0-7", "--tolerance=0.05", f"--out={tmp_path}/s"])
+        == 0
+    )
 
 
 def test_weights_are_those_of_the_file(imported):

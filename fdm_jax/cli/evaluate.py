@@ -1,0 +1,417 @@
+"""Measure generated images against real ones: FID, and more than FID.
+
+  fdm evaluate ref --data=cifar10 --extractor=inception --weights=inception.safetensors --out=cifar10.npz --keep-features
+  fdm evaluate --workdir=runs/cifar10 --ref=cifar10.npz --weights=inception.safetensors --num=50000
+  fdm evaluate --images=images.zip    --ref=cifar10.npz --weights=inception.safetensors
+
+Without Inception's weights, features come from a classifier of one's own, or from the pixels of small images:
+
+  fdm evaluate fit-classifier --data=digits --out=digits.safetensors
+  fdm evaluate ref --data=digits --extractor=classifier --weights=digits.safetensors --out=digits.npz --keep-features
+  fdm evaluate --workdir=runs/digits --ref=digits.npz --weights=digits.safetensors --num=2000
+
+  fdm evaluate convert-inception --source=pt_inception-2015-12-05-6726825d.pth --out=inception.safetensors
+
+Figures go to the terminal and, with all they depend on, to result.json in a folder of the workdir that bears the
+settings' name.  A command that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fdm_jax.cli.sampling import add_sampling_arguments, choose_labels, load_model, make_sampler
+from fdm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from fdm_jax.data.sources import Source
+    from fdm_jax.evaluation.extractors import Extractor
+    from fdm_jax.evaluation.references import Reference
+
+HELP = "measure images: FID, KID, precision and recall, Inception score"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(act=evaluate)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--workdir", type=Path, metavar="DIR", help="generate with this run's model, and measure")
+    what.add_argument("--images", type=Path, metavar="PATH", help="measure what is there: a folder, a zip, or an .npz")
+    parser.add_argument("--ref", type=Path, metavar="STATS.npz", help="statistics of real images")
+    add_extractor_arguments(parser, "default: what the statistics were made with, else inception")
+    parser.add_argument("--num", type=int, metavar="N", help="images (default: 50,000, or all there are)")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--metrics", metavar="NAMES", help="frechet,kernel,precision-recall,inception-score")
+    parser.add_argument(
+        "--bootstrap", type=int, default=10, metavar="N", help="draws for FID's deviation; 0: none (default: 10)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: in the workdir)")
+    parser.add_argument("--keep-features", action="store_true", help="leave the features in that folder")
+    parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
+    add_sampling_arguments(parser)
+
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    sub = actions.add_parser("ref", help="make statistics of real images")
+    sub.set_defaults(act=make_reference)
+    _add_data_arguments(sub)
+    add_extractor_arguments(sub, "default: inception")
+    sub.add_argument("--num", type=int, metavar="N", help="the first so many images (default: all)")
+    sub.add_argument(
+        "--keep-features", action="store_true", help="for kernel distance, precision and recall; a larger file"
+    )
+    sub.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
+    sub.add_argument("--out", required=True, type=Path, metavar="STATS.npz", help="the file")
+
+    sub = actions.add_parser("fit-classifier", help="train a small classifier on a data set, for its features")
+    sub.set_defaults(act=fit_classifier)
+    _add_data_arguments(sub)
+    sub.add_argument("--steps", type=int, default=1500, metavar="N", help="of training (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    sub.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors", help="the classifier")
+
+    sub = actions.add_parser("convert-inception", help="rewrite pytorch-fid's weights so that torch is not needed")
+    sub.set_defaults(act=convert_inception)
+    sub.add_argument("--source", required=True, type=Path, metavar="FILE.pth", help="pt_inception-2015-12-05-*.pth")
+    sub.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors", help="the same weights")
+
+
+def add_extractor_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """--extractor and --weights."""
+    parser.add_argument("--extractor", metavar="KIND", help=f"inception, classifier, dinov2 or pixels ({default})")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="of the extractor")
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="NAME", help="a data set's name or path")
+    parser.add_argument("--split", default="train", help="default: %(default)s")
+    parser.add_argument("--data_dir", "--data-dir", type=Path, metavar="DIR", help="of named data sets")
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in ("batch", "num", "steps", "nfe"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be 1 or more, and is {value}.")
+    return args.act(args)
+
+
+# --- fdm evaluate ---
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Generate or read, extract, measure, write down."""
+    from absl import logging
+
+    from fdm_jax.evaluation.measures import choose_metrics, measure
+
+    if args.ref is None or (args.workdir is None) == (args.images is None):
+        raise UserError(
+            "fdm evaluate takes --workdir=DIR or --images=PATH, and --ref=STATS.npz (made by `fdm evaluate ref`)."
+        )
+    if args.bootstrap < 0:
+        raise UserError(f"--bootstrap must be 0 or more, and is {args.bootstrap}.")
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
+    images = generated_images(args) if args.images is None else existing_images(args)
+    reference, extractor = open_reference(args.ref, args.extractor, args.weights, images.shape)
+    metrics = choose_metrics(args.metrics.split(",") if args.metrics else None, reference, extractor)
+    settings = images.settings | extractor.describe() | {
+        "ref": str(args.ref), "ref_sha256": reference.checksum, "ref_description": reference.description,
+    }  # fmt: skip
+    parent = args.workdir / "evaluations" if args.workdir else Path("evaluations")
+    folder = args.out or parent / folder_name(images.name, settings)
+    features, logits, seconds = extract_all(folder, settings, images, extractor, args)
+    result = measure(features, logits, reference, extractor, metrics, bootstrap=args.bootstrap)
+    report = {"metrics": result, "images": len(features), "seconds": round(seconds, 1), "settings": settings}
+    _write_json(folder / "result.json", report | {"versions": versions()})
+    if not args.keep_features:
+        shutil.rmtree(folder / "features")
+    for name, figure in result.items():
+        deviation = "" if figure["deviation"] is None else f" +- {figure['deviation']:.4g} ({figure['deviation_of']})"
+        print(f"{name:18} {figure['value']:.5g}{deviation}")
+    print(f"{len(features):,} images ({images.name}), features of {extractor.kind}; all of it in {folder}/result.json.")
+    return 0
+
+
+class Images:
+    """Images to measure, in pieces that can be made one by one.
+
+    Attributes:
+      name: short, for people and folders.
+      shape: (H, W, C).
+      num: how many.
+      settings: what they depend on.
+      piece: images at a time.
+      make: (start) -> uint8 [n, H, W, C], the piece that begins there.
+    """
+
+    def __init__(
+        self, name: str, shape: tuple[int, int, int], num: int, settings: dict[str, Any], piece: int,
+        make: Callable[[int], np.ndarray],
+    ):  # fmt: skip
+        self.name, self.shape, self.num, self.settings, self.piece, self.make = name, shape, num, settings, piece, make
+
+
+def generated_images(args: argparse.Namespace) -> Images:
+    """Of a model, by seed.
+
+    Raises:
+      UserError: see :func:`~fdm_jax.cli.sampling.make_sampler`; seeds beyond 2^32.
+    """
+    from fdm_jax.sampling.generate import BatchedGenerator
+    from fdm_jax.training.parallel import make_mesh
+
+    model = load_model(args.workdir, args.checkpoint)
+    sampler, num = make_sampler(args, model), args.num or 50_000
+    if not 0 <= args.first_seed <= 2**32 - num:
+        raise UserError(f"The seeds must lie from 0 to {2**32 - 1}: {args.first_seed} and {num:,} more do not.")
+    generator = BatchedGenerator(sampler.generate, make_mesh(), min(args.batch, num))
+    piece = generator.batch_size * max(512 // generator.batch_size, 1)
+
+    def make(start: int) -> np.ndarray:
+        seeds = (args.first_seed + np.arange(start, min(start + piece, num))).astype(np.uint32)
+        labels = choose_labels(args.label, seeds, model.experiment.num_classes)
+        return np.concatenate([images for _, images in generator(sampler.variables, seeds, labels)])
+
+    settings = sampler.settings | {"nfe": sampler.nfe, "weights": "EMA", "first_seed": args.first_seed, "num": num}
+    name = f"step-{model.checkpoint}-{args.solver}-{sampler.nfe}nfe-{num}"
+    return Images(name, model.experiment.image_shape, num, settings, piece, make)
+
+
+def existing_images(args: argparse.Namespace) -> Images:
+    """Of a folder, a zip or an npz.
+
+    Raises:
+      UserError: it holds none, fewer than asked for, or of several sizes.
+    """
+    if args.images.suffix == ".npz":
+        arrays = _npz_images(args.images)
+        found, shape, read = len(arrays), arrays.shape[1:], lambda rows: arrays[rows]
+    else:
+        from fdm_jax.data.opening import open_source
+
+        source = open_source(args.images.absolute(), use_labels=False, cache_mb=0)
+        spec = source.spec
+        found, shape = len(source), (spec.resolution, spec.resolution, spec.channels)
+        read = lambda rows: source.read(rows)["image"]  # noqa: E731
+    num = args.num or found
+    if num > found:
+        raise UserError(f"{args.images} holds {found:,} images, and --num asks for {num:,}.")
+    make = lambda start: read(np.arange(start, min(start + 512, num)))  # noqa: E731
+    return Images(args.images.name, shape, num, {"images": str(args.images.resolve()), "num": num}, 512, make)
+
+
+def _npz_images(path: Path) -> np.ndarray:
+    import zipfile
+
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
+            for name in ("image", "images", "arr_0"):
+                if name in data.files:
+                    images = data[name]
+                    break
+            else:
+                raise UserError(f"{path} holds no array called image, images or arr_0.")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is no .npz of images, or damaged ({error}).") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+        raise UserError(
+            f"The images of {path} must be uint8 [N, H, W, 1 or 3], and are {images.dtype} {list(images.shape)}."
+        )
+    return images
+
+
+def open_reference(
+    path: Path, kind: str | None, weights: Path | None, shape: tuple[int, int, int]
+) -> tuple[Reference, Extractor]:
+    """Statistics, and the extractor that goes with them.
+
+    Raises:
+      UserError: one of them is not what it should be, or they do not fit each other.
+    """
+    from fdm_jax.evaluation.extractors import open_extractor
+    from fdm_jax.evaluation.references import check_fits, load_reference
+
+    reference = load_reference(path)
+    extractor = open_extractor(kind or reference.description.get("extractor", "inception"), weights, shape)
+    check_fits(reference, extractor, path)
+    return reference, extractor
+
+
+def extract_all(
+    folder: Path, settings: dict[str, Any], images: Images, extractor: Extractor, args: argparse.Namespace
+) -> tuple[np.ndarray, np.ndarray | None, float]:
+    """Features and logits of all images, piece by piece into ``folder``, and the seconds that it took.
+
+    Raises:
+      UserError: the folder holds an evaluation of other settings, or cannot be written.
+    """
+    from fdm_jax.evaluation.extractors import FeatureMaker
+    from fdm_jax.evaluation.moments import check_finite
+    from fdm_jax.progress import Progress
+    from fdm_jax.training.parallel import make_mesh
+
+    pieces = folder / "features"
+    _claim(folder, settings | {"piece": images.piece})
+    starts = range(0, images.num, images.piece)
+    missing = [start for start in starts if not (pieces / f"{start:09d}.npz").exists()]
+    before = images.num - sum(min(images.piece, images.num - start) for start in missing)
+    maker = FeatureMaker(extractor, make_mesh(), min(args.batch, images.num))
+    progress, began, done = Progress(images.num, before), time.monotonic(), 0
+    for start in missing:
+        features, logits = maker(images.make(start))
+        check_finite(features)
+        _write_npz(pieces / f"{start:09d}.npz", {"features": features} | ({} if logits is None else {"logits": logits}))
+        done += len(features)
+        progress.advance(before + done)
+        progress.report(done / (time.monotonic() - began))
+    progress.close()
+    parts = [np.load(pieces / f"{start:09d}.npz") for start in starts]
+    logits = np.concatenate([part["logits"] for part in parts]) if "logits" in parts[0].files else None
+    return np.concatenate([part["features"] for part in parts]), logits, time.monotonic() - began
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    record, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    try:
+        (folder / "features").mkdir(parents=True, exist_ok=True)
+        before = json.loads(record.read_text()) if record.exists() else settings
+        if before != settings:
+            different = ", ".join(sorted(k for k in before.keys() | settings if before.get(k) != settings.get(k)))
+            raise UserError(f"{folder} holds an evaluation with another {different}: delete it, or give another --out.")
+        _write_json(record, settings)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
+
+
+def folder_name(name: str, settings: dict[str, Any]) -> str:
+    """Short, and another one for other settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{name}-{digest}"
+
+
+def versions() -> dict[str, str]:
+    """Of what decides numbers."""
+    import platform
+
+    names = ("fdm_jax", "jax", "jaxlib", "flax", "numpy", "scipy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    temporary = path.with_name(f".{path.name}.part.npz")
+    np.savez(temporary, **arrays)  # type: ignore[arg-type]
+    temporary.replace(path)
+
+
+# --- fdm evaluate ref, fit-classifier, convert-inception ---
+
+
+def _open_data(args: argparse.Namespace, split: str, use_labels: bool) -> Source:
+    from fdm_jax.data.opening import open_source
+
+    return open_source(args.data, split=split, data_dir=args.data_dir, use_labels=use_labels, cache_mb=0)
+
+
+def batches(source: Source, num: int, size: int = 512) -> Iterator[dict[str, np.ndarray]]:
+    """The first ``num`` images in order."""
+    for start in range(0, num, size):
+        yield source.read(np.arange(start, min(start + size, num)))
+
+
+def make_reference(args: argparse.Namespace) -> int:
+    """Statistics of a data set."""
+    from fdm_jax.evaluation.extractors import FeatureMaker, open_extractor
+    from fdm_jax.evaluation.moments import Moments
+    from fdm_jax.evaluation.references import Reference, save_reference
+    from fdm_jax.progress import Progress
+    from fdm_jax.training.parallel import make_mesh
+
+    if args.out.suffix != ".npz":
+        raise UserError(f"--out must end in .npz, and is {args.out}.")
+    source = _open_data(args, args.split, use_labels=False)
+    spec, num = source.spec, args.num or len(source)
+    if num > len(source):
+        raise UserError(f"{spec.name} holds {len(source):,} images, and --num asks for {num:,}.")
+    extractor = open_extractor(
+        args.extractor or "inception", args.weights, (spec.resolution, spec.resolution, spec.channels)
+    )
+    maker, counted, kept = FeatureMaker(extractor, make_mesh(), args.batch), Moments(extractor.width), []
+    progress, began, done = Progress(num, 0), time.monotonic(), 0
+    for batch in batches(source, num):
+        features, _ = maker(batch["image"])
+        counted.add(features)
+        if args.keep_features:
+            kept.append(features)
+        done += len(features)
+        progress.advance(done)
+        progress.report(done / (time.monotonic() - began))
+    progress.close()
+    description = extractor.describe() | {
+        "data": spec.name, "split": args.split, "images": num, "resolution": spec.resolution, "versions": versions(),
+    }  # fmt: skip
+    save_reference(Reference(*counted.result(), np.concatenate(kept) if kept else None, description), args.out)
+    print(
+        f"{args.out}: mean and covariance of {extractor.width} numbers ({extractor.kind}) of {num:,} images of {spec}."
+    )
+    return 0
+
+
+def fit_classifier(args: argparse.Namespace) -> int:
+    """Train, judge on held-out images, save."""
+    from fdm_jax.evaluation import classifier
+    from fdm_jax.progress import Progress
+
+    source = _open_data(args, args.split, use_labels=True)
+    data = [
+        np.concatenate(part)
+        for part in zip(*((b["image"], b["label"]) for b in batches(source, len(source))), strict=True)
+    ]
+    order = np.random.default_rng(args.seed).permutation(len(source))
+    held = order[: max(len(order) // 10, 1)]
+    images, labels = (part[order[len(held) :]] for part in data)
+    progress, began = Progress(args.steps * 128, 0), time.monotonic()
+
+    def report(steps: int, loss: float) -> None:
+        progress.advance(steps * 128)
+        progress.report(steps * 128 / (time.monotonic() - began), f"loss {loss:.3f}")
+
+    fitted = classifier.fit(
+        images, labels, (data[0][held], data[1][held]), source.spec.name,
+        steps=args.steps, batch_size=128, seed=args.seed, report=report,
+    )  # fmt: skip
+    progress.close()
+    classifier.save(fitted, args.out)
+    print(
+        f"{args.out}: a classifier of {source.spec}; of {len(held):,} held-out images it reads {fitted.accuracy:.1%} right."
+    )
+    return 0
+
+
+def convert_inception(args: argparse.Namespace) -> int:
+    """Read with torch, write without."""
+    from fdm_jax.evaluation.inception import convert_inception as convert
+
+    convert(args.source, args.out)
+    print(f"{args.out}: Inception's weights from {args.source.name}, to be read without torch.")
+    return 0

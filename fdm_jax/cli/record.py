@@ -1,0 +1,61 @@
+"""Results that arrive one after the other, in a file from which the same command goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fdm_jax.errors import UserError
+
+
+class Record:
+    """A file of JSON lines: the settings first, then a row for each result.
+
+    Args:
+      path: of the file; its folder is made.
+      settings: what the results depend on.
+
+    Attributes:
+      rows: those of earlier runs and those added since.
+
+    Raises:
+      UserError: the file holds results of other settings, is something else, or cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        settings = json.loads(json.dumps(dict(settings)))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and (text := path.read_text()):
+                self._read(text, dict(settings))
+            else:
+                path.write_text(json.dumps({"settings": settings}) + "\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+
+    def _read(self, text: str, settings: dict[str, Any]) -> None:
+        whole, _, torn = text.rpartition("\n")  # a kill may leave a line without its end
+        try:
+            first, *self.rows = [json.loads(line) for line in whole.splitlines()] or [{}]
+            before = first["settings"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.path} is there already and is not a file of results: give another --out."
+            ) from error
+        if before != settings:
+            different = ", ".join(sorted(k for k in before.keys() | settings if before.get(k) != settings.get(k)))
+            raise UserError(
+                f"{self.path} holds results made with another {different}: delete it, or give another --out."
+            )
+        if torn:
+            self.path.write_text(whole + "\n")
+
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        """Append results."""
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.rows += [dict(row) for row in rows]

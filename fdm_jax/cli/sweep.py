@@ -1,0 +1,281 @@
+"""Compare solvers on one checkpoint: quality against the number of function evaluations (NFE).
+
+  fdm sweep --workdir=runs/digits --out=sweep
+  fdm sweep --workdir=runs/cifar10 --out=sweep --solvers=heun,unipc-3,dpmpp-3m --grids=edm,log-snr --nfe=5,10,20,40
+  fdm sweep --workdir=runs/cifar10 --out=sweep --ref=cifar10.npz --weights=inception.safetensors --num=10000
+
+Quality is the distance from what the solvers approximate, the probability-flow ODE of the same seeds solved by an
+adaptive method of order 8: the root mean square over pixels in [-1, 1], averaged over images.  With statistics of real
+images it is also the Frechet distance, and then stochastic solvers can take part.  The folder gets table.csv,
+table.json, distance.png, frechet.png and samples.png, the same seeds at each NFE.  A command that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fdm_jax.cli.generate import parse_seeds
+from fdm_jax.cli.sampling import Loaded, add_range_and_guidance, choose_labels, load_guidance, load_model, make_sampler
+from fdm_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fdm_jax.evaluation.extractors import Extractor
+    from fdm_jax.evaluation.references import Reference
+
+HELP = "compare solvers on one checkpoint"
+
+SHOWN = 8  # images in a row of the picture
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from fdm_jax.cli.evaluate import add_extractor_arguments
+
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="workdir of the run")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument("--solvers", default="heun,euler,dpmpp-2m,unipc-2,deis-3", help="default: %(default)s")
+    parser.add_argument("--grids", default="edm", help="edm, log-snr, vp-uniform, vp-quadratic (default: %(default)s)")
+    parser.add_argument("--nfe", default="5,9,17,35", help="at most so many evaluations (default: %(default)s)")
+    parser.add_argument("--seeds", default="0-63", help="of the distance, such as 0-63 (default: %(default)s)")
+    parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="of the ODE's solution (default: %(default)s)")
+    parser.add_argument("--ref", type=Path, metavar="STATS.npz", help="statistics of real images (fdm evaluate ref)")
+    add_extractor_arguments(parser, "default: what the statistics were made with, else inception")
+    parser.add_argument(
+        "--num", type=int, default=1000, metavar="N", help="images of the Frechet distance (default: %(default)s)"
+    )
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
+    add_range_and_guidance(parser)
+    parser.set_defaults(S_churn=0.0, S_min=0.0, S_max=float("inf"), S_noise=1.0, steps=None)
+
+
+def run(args: argparse.Namespace) -> int:
+    from absl import logging
+
+    from fdm_jax.cli.evaluate import open_reference
+    from fdm_jax.cli.record import Record
+
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
+    seeds, cases = parse_seeds(args.seeds), choose_cases(args)
+    for name in ("batch", "num"):
+        if getattr(args, name) < (2 if name == "num" else 1):
+            raise UserError(f"--{name} is {getattr(args, name)}, which is too few.")
+    model = load_model(args.workdir, args.checkpoint)
+    judge = None
+    if args.ref is not None:
+        judge = open_reference(args.ref, args.extractor, args.weights, model.experiment.image_shape)
+    record = Record(args.out / "results.jsonl", {
+        "workdir": str(args.workdir.resolve()), "checkpoint": model.checkpoint, "seeds": args.seeds, "class": args.label,
+        "tolerance": args.tolerance, "sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho,
+        "match_original": args.match_original, "guidance": args.guidance, "guidance_interval": args.guidance_interval,
+        "guide": str(args.guide.resolve()) if args.guide else None, "num": args.num if judge else None,
+    } | ({} if judge is None else judge[1].describe() | {"ref_sha256": judge[0].checksum}))  # fmt: skip
+    exact = reference(args, model, seeds)
+    done = {(row["solver"], row["grid"], row["nfe"]) for row in record.rows}
+    for i, case in enumerate(cases, 1):
+        sampler_args = argparse.Namespace(**vars(args) | case._asdict())
+        sampler = make_sampler(sampler_args, model, quantise=False)
+        if (case.solver, case.grid, sampler.nfe) in done:
+            continue
+        row = {"solver": case.solver, "grid": case.grid, "nfe": sampler.nfe, "steps": sampler.settings["steps"]}
+        images, more = judge_case(args, model, sampler, seeds, exact, judge, case.solver)
+        (args.out / "parts").mkdir(exist_ok=True)
+        np.save(args.out / "parts" / f"{case.solver}-{case.grid}-{sampler.nfe}.npy", images)
+        record.add(row | more)
+        done.add((case.solver, case.grid, sampler.nfe))
+        figures = "  ".join(f"{k} {v:.4g}" for k, v in more.items() if v is not None)
+        print(
+            f"{i:>3} of {len(cases)}  {case.solver} ({case.grid}), {sampler.nfe} NFE: {figures}",
+            file=sys.stderr,
+            flush=True,
+        )
+    rows = sorted(record.rows, key=lambda row: (row["solver"], row["grid"], row["nfe"]))
+    write_tables(args.out, rows)
+    draw(args.out, rows, exact)
+    print(f"{len(rows)} rows in {args.out}/table.csv; look at distance.png and samples.png beside it.")
+    return 0
+
+
+class Case(NamedTuple):
+    """A row of the table."""
+
+    solver: str
+    grid: str
+    nfe: int
+
+
+def choose_cases(args: argparse.Namespace) -> list[Case]:
+    """All combinations, those without those that a solver cannot do.
+
+    Raises:
+      UserError: an unknown solver or grid, a budget that is no number, or a stochastic solver without statistics.
+    """
+    from fdm_jax.sampling.grids import GRIDS
+    from fdm_jax.sampling.solvers import SOLVERS
+
+    try:
+        budgets = [int(part) for part in args.nfe.split(",")]
+    except ValueError as error:
+        raise UserError(f"--nfe must be numbers such as 5,9,17,35, and is {args.nfe!r}.") from error
+    cases = []
+    for solver in args.solvers.split(","):
+        if solver not in SOLVERS:
+            raise UserError(f"There is no solver {solver!r}: {nearest(solver, SOLVERS)}")
+        known = SOLVERS[solver]
+        if known.stochastic and args.ref is None:
+            raise UserError(
+                f"The solver {solver} draws noise, so that its distance from the ODE's solution says nothing: give --ref, "
+                "or leave it out."
+            )
+        for grid in args.grids.split(","):
+            if grid not in GRIDS:
+                raise UserError(f"There is no grid {grid!r}: {nearest(grid, GRIDS)}")
+            for budget in budgets:
+                if known.steps_of(budget) >= known.min_steps:
+                    cases.append(Case(solver, grid, budget))
+    if not cases:
+        raise UserError(f"None of the solvers takes so few evaluations as {args.nfe}.")
+    return cases
+
+
+def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.ndarray:
+    """The ODE's solution for the seeds, float32 [N, H, W, C]; kept in the folder.
+
+    Raises:
+      UserError: the solver does not get there.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from fdm_jax.sampling.flow import reference_samples
+    from fdm_jax.sampling.generate import make_model_denoiser
+    from fdm_jax.sampling.grids import check_range, sampling_range
+    from fdm_jax.sampling.seeds import latents
+    from fdm_jax.training.parallel import make_mesh, replicated, sharded
+
+    file = args.out / "reference.npy"
+    if file.exists():
+        return np.load(file)
+    experiment = model.experiment
+    span = (args.sigma_min, args.sigma_max)
+    check_range(*span)
+    low, high = span if args.match_original else sampling_range(experiment.family, *span)
+    guidance, guide, variables = load_guidance(args, model)
+    model_denoiser = make_model_denoiser(experiment.network, experiment.family, experiment.num_classes, guidance, guide)
+    mesh = make_mesh()
+    rows, whole = sharded(mesh), replicated(mesh)
+
+    def solve(variables: Any, seeds: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        noise, tolerance = latents(seeds, experiment.image_shape), args.tolerance
+        solved = reference_samples(model_denoiser(variables, labels), noise, high, low, rtol=tolerance, atol=tolerance)
+        return solved.x, solved.ok
+
+    jitted = jax.jit(solve, in_shardings=(whole, rows, rows), out_shardings=(rows, whole))
+    labels, parts = choose_labels(args.label, seeds, experiment.num_classes), []
+    size = -(-min(args.batch, len(seeds)) // mesh.size) * mesh.size
+    for start in range(0, len(seeds), size):
+        fill = (0, max(size - len(seeds[start : start + size]), 0))
+        x, ok = jitted(
+            variables,
+            jnp.asarray(np.pad(seeds[start : start + size], fill, mode="edge")),
+            jnp.asarray(np.pad(labels[start : start + size], fill, mode="edge")),
+        )
+        if not ok:
+            raise UserError(
+                f"The ODE could not be solved with a tolerance of {args.tolerance}: give a larger --tolerance."
+            )
+        parts.append(np.asarray(x))
+        print(
+            f"the ODE's solution: {min(start + size, len(seeds))} of {len(seeds)} images", file=sys.stderr, flush=True
+        )
+    solution = np.concatenate(parts)[: len(seeds)]
+    temporary = args.out / ".reference.part.npy"
+    np.save(temporary, solution)
+    temporary.replace(file)
+    return solution
+
+
+def judge_case(
+    args: argparse.Namespace, model: Loaded, sampler: Any, seeds: np.ndarray, exact: np.ndarray,
+    judge: tuple[Reference, Extractor] | None, solver: str,
+) -> tuple[np.ndarray, dict[str, float | None]]:  # fmt: skip
+    """The first images, and figures of a row: distance and its standard error, Frechet distance if there is a judge."""
+    from fdm_jax.evaluation.extractors import FeatureMaker
+    from fdm_jax.evaluation.frechet import frechet_distance
+    from fdm_jax.evaluation.moments import Moments
+    from fdm_jax.sampling.generate import BatchedGenerator
+    from fdm_jax.sampling.solvers import SOLVERS
+    from fdm_jax.training.parallel import make_mesh
+
+    classes = model.experiment.num_classes
+    generator = BatchedGenerator(sampler.generate, make_mesh(), min(args.batch, len(seeds)))
+
+    def sample(seeds: np.ndarray) -> np.ndarray:
+        labels = choose_labels(args.label, seeds, classes)
+        return np.concatenate([images for _, images in generator(sampler.variables, seeds, labels)])
+
+    images = sample(seeds)
+    figures: dict[str, float | None] = {"distance": None, "distance_error": None}
+    if not SOLVERS[solver].stochastic:
+        rms = np.sqrt(np.mean((images - exact) ** 2, axis=(1, 2, 3), dtype=np.float64))
+        figures["distance"] = float(rms.mean())
+        figures["distance_error"] = float(rms.std(ddof=1) / np.sqrt(len(rms))) if len(rms) > 1 else None
+    if judge is not None:
+        stats, extractor = judge
+        maker, counted = FeatureMaker(extractor, make_mesh(), args.batch), Moments(extractor.width)
+        for start in range(0, args.num, generator.batch_size):
+            more = np.arange(start, min(start + generator.batch_size, args.num), dtype=np.uint32)
+            counted.add(maker(_to_uint8(sample(more)))[0])
+        figures["frechet"] = frechet_distance(*counted.result(), stats.mu, stats.sigma)
+    return _to_uint8(images[:SHOWN]), figures
+
+
+def _to_uint8(images: np.ndarray) -> np.ndarray:
+    import jax.numpy as jnp
+
+    from fdm_jax.sampling.seeds import to_uint8
+
+    return np.asarray(to_uint8(jnp.asarray(images)))
+
+
+def write_tables(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """table.csv and table.json."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    (folder / "table.csv").write_text(text.getvalue())
+    (folder / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def draw(folder: Path, rows: list[dict[str, Any]], exact: np.ndarray) -> None:
+    """distance.png, frechet.png if it was measured, and samples.png."""
+    from fdm_jax import pictures
+
+    several_grids = len({row["grid"] for row in rows}) > 1
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {"distance": {}, "frechet": {}}
+    shown = {}
+    for row in rows:
+        name = f"{row['solver']} ({row['grid']})" if several_grids else row["solver"]
+        for figure, lines in curves.items():
+            if row.get(figure) is not None:
+                lines.setdefault(name, []).append((row["nfe"], row[figure]))
+        shown[f"{name}, {row['nfe']} NFE"] = np.load(
+            folder / "parts" / f"{row['solver']}-{row['grid']}-{row['nfe']}.npy"
+        )
+    labels = {"distance": "RMS distance from the ODE's solution", "frechet": "Frechet distance"}
+    for figure, lines in curves.items():
+        if lines:
+            series = {name: tuple(zip(*points, strict=True)) for name, points in lines.items()}
+            pictures.curves_png(
+                folder / f"{figure}.png", series, "function evaluations", labels[figure], logx=True, logy=True, marker="o"  # type: ignore[arg-type]
+            )  # fmt: skip
+    pictures.rows_png(folder / "samples.png", shown | {"the ODE's solution": _to_uint8(exact[:SHOWN])})

@@ -1,0 +1,144 @@
+"""`fdm evaluate` on the tiny run: statistics, generated and existing images, a stop in the middle, refusals."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from encoded import png
+
+from fdm_jax.cli.main import main
+from fdm_jax.evaluation.frechet import frechet_distance
+from fdm_jax.evaluation.moments import moments
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, data_dir):
+    """Statistics of the digits' pixels, with features, and the data's folder."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    where = data_dir.partition("=")[2]
+    arguments = [f"--data_dir={where}", "--data=digits", "--extractor=pixels", f"--out={folder}/ref.npz"]
+    assert main(["evaluate", "ref", *arguments, "--split=test", "--keep-features"]) == 0
+    return folder
+
+
+def evaluate(folder, *more):
+    return main(["evaluate", f"--ref={folder}/ref.npz", "--steps=3", "--batch=16", *more])
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_statistics_are_those_of_the_pixels(place):
+    with np.load(place / "ref.npz") as data:
+        mean, covariance = moments(data["features"])
+        np.testing.assert_allclose(data["mu"], mean, rtol=1e-10)
+        np.testing.assert_allclose(data["sigma"], covariance, rtol=1e-10, atol=1e-12)
+        description = json.loads(str(data["description"]))
+    assert description["images"] == 297 and description["extractor"] == "pixels" and "jax" in description["versions"]
+
+
+@pytest.fixture(scope="module")
+def measured(place, straight_run):
+    out = place / "measured"
+    arguments = [f"--workdir={straight_run}", "--num=1100", "--keep-features", "--bootstrap=3", f"--out={out}"]
+    assert evaluate(place, *arguments) == 0
+    return out, arguments
+
+
+def test_generated_images(measured, place, straight_run, tmp_path):
+    """The figure is that of the same seeds from fdm generate, measured as files."""
+    out, _ = measured
+    figures = result(out)
+    assert figures["images"] == 1100 and set(figures["metrics"]) == {
+        "frechet_distance", "kernel_distance", "precision", "recall",
+    }  # fmt: skip
+    settings = figures["settings"]
+    assert settings["nfe"] == 5 and settings["checkpoint"] == 20 and len(settings["ref_sha256"]) == 64
+    arguments = [f"--out={tmp_path}/images.npz", "--seeds=0-1099", "--steps=3", "--batch=16"]
+    assert main(["generate", f"--workdir={straight_run}", *arguments]) == 0
+    assert evaluate(place, f"--images={tmp_path}/images.npz", f"--out={tmp_path}/files") == 0
+    ours, theirs = (result(folder)["metrics"]["frechet_distance"]["value"] for folder in (out, tmp_path / "files"))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    with np.load(tmp_path / "images.npz") as made, np.load(place / "ref.npz") as ref:
+        direct = frechet_distance(*moments(made["image"].reshape(1100, -1) / 255), ref["mu"], ref["sigma"])
+    assert ours == pytest.approx(direct, rel=1e-5)
+
+
+def test_it_goes_on_where_it_was(measured, place, monkeypatch):
+    from fdm_jax.cli import evaluate as module
+
+    out, arguments = measured
+    before = result(out)
+    parts = sorted((out / "features").glob("*.npz"))
+    assert len(parts) == 3
+    parts[1].unlink()
+    (out / "features" / ".000000512.npz.part.npz").write_bytes(b"half")  # what a kill leaves
+    real, made = module.generated_images, []
+
+    def counting(args):
+        images = real(args)
+        make = images.make
+        images.make = lambda start: made.append(start) or make(start)
+        return images
+
+    monkeypatch.setattr(module, "generated_images", counting)
+    assert evaluate(place, *arguments) == 0
+    assert made == [512]
+    assert result(out)["metrics"] == before["metrics"]
+
+
+def test_a_zip_and_a_folder(place, tmp_path):
+    images = RNG.integers(0, 256, (40, 8, 8), np.uint8)
+    (tmp_path / "images").mkdir()
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+        for i, image in enumerate(images):
+            file.writestr(f"{i:03d}.png", png(image))
+            (tmp_path / "images" / f"{i:03d}.png").write_bytes(png(image))
+    values = []
+    for name in ("images", "images.zip"):
+        assert evaluate(place, f"--images={tmp_path}/{name}", f"--out={tmp_path}/of-{name}") == 0
+        assert not (tmp_path / f"of-{name}" / "features").exists()
+        values.append(result(tmp_path / f"of-{name}")["metrics"])
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "takes --workdir=DIR or --images=PATH"),
+        (["--images=PLACE/many.npz", "--num=60"], "holds 50 images, and --num asks for 60"),
+        (["--images=PLACE/large.npz"], "are of 64 numbers an image, and the extractor pixels gives 81"),
+        (["--images=PLACE/floats.npz"], "must be uint8"),
+        (["--images=PLACE/empty.npz"], "holds no array called image"),
+        (["--images=PLACE/text.npz"], "is no .npz of images"),
+        (["--images=PLACE/nowhere.npz"], "cannot be read"),
+        (["--images=PLACE/mixed"], "9x9"),
+        (["--images=PLACE/many.npz", "--metrics=inception-score"], "needs the extractor inception"),
+        (["--images=PLACE/many.npz", "--extractor=classifier"], "needs its weights"),
+        (["--images=PLACE/many.npz", "--bootstrap=-1"], "--bootstrap must be 0 or more"),
+        (["--workdir=PLACE"], "PLACE"),
+    ],
+)
+def test_bad_input(place, tmp_path, capsys, arguments, words):
+    np.savez(tmp_path / "many.npz", image=RNG.integers(0, 256, (50, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "large.npz", image=RNG.integers(0, 256, (50, 9, 9, 1), np.uint8))
+    np.savez(tmp_path / "floats.npz", image=np.zeros((50, 8, 8, 1)))
+    np.savez(tmp_path / "empty.npz", label=np.zeros(5))
+    (tmp_path / "text.npz").write_text("images")
+    (tmp_path / "mixed").mkdir()
+    for side in (8, 9):
+        (tmp_path / "mixed" / f"{side}.png").write_bytes(png(np.zeros((side, side), np.uint8)))
+    arguments = [argument.replace("PLACE", str(tmp_path)) for argument in arguments]
+    assert evaluate(place, *arguments, f"--out={tmp_path}/out") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words.replace("PLACE", str(tmp_path)) in said
+
+
+def test_another_evaluation_in_the_folder(measured, place, capsys):
+    out, arguments = measured
+    assert evaluate(place, *arguments, "--first-seed=7") == 2
+    assert "holds an evaluation with another first_seed" in capsys.readouterr().err

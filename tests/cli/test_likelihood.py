@@ -1,0 +1,73 @@
+"""`fdm likelihood` on the tiny run: per image, whatever the batch, continued, refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fdm_jax.cli.main import main
+
+
+def likelihood(workdir, out, *more):
+    return main(["likelihood", f"--workdir={workdir}", f"--out={out}", "--tolerance=1e-3", *more])
+
+
+def bits(path):
+    first, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert first["settings"]["dequantisation"] == "uniform"
+    return {row["index"]: row["bits_per_dim"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def twelve(straight_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("likelihood") / "bits.jsonl"
+    assert likelihood(straight_run, out, "--num=12", "--batch=8") == 0
+    return out
+
+
+def test_bits_of_each_image(twelve):
+    values = bits(twelve)
+    assert sorted(values) == list(range(12))
+    assert all(1 < value < 12 for value in values.values())  # a uniform density has 8
+
+
+def test_a_stop_in_the_middle_makes_no_difference(twelve, straight_run, tmp_path, capsys):
+    out = tmp_path / "bits.jsonl"
+    lines = twelve.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:9]) + lines[9][:10])  # eight rows and a torn one
+    assert likelihood(straight_run, out, "--num=12", "--batch=8") == 0
+    before, after = bits(twelve), bits(out)
+    assert before.keys() == after.keys()
+    for index, value in before.items():
+        assert after[index] == pytest.approx(value, abs=0.02)  # another batch, other steps of the ODE solver
+    said = capsys.readouterr().out
+    assert f"{np.mean(list(after.values())):.4f} +- " in said and "12 images of digits (test)" in said
+
+
+def test_other_settings_are_refused(twelve, straight_run, capsys):
+    assert likelihood(straight_run, twelve, "--num=12", "--seed=1") == 2
+    assert "holds results made with another seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("--num=0", "--num must be 1 or more"),
+        ("--tolerance=1", "--tolerance must be between"),
+        ("--sigma-min=90", "0 < sigma_min < sigma_max"),
+        ("--split=nothing", "nothing"),
+        ("--data=nowhere.zip", "nowhere.zip"),
+        ("--seed=-1", "--seed must be from 0"),
+    ],
+)
+def test_bad_input(straight_run, tmp_path, capsys, argument, words):
+    assert likelihood(straight_run, tmp_path / "bits.jsonl", argument) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "bits.jsonl").exists()
+
+
+def test_a_file_that_is_something_else(straight_run, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("not ours\n")
+    assert likelihood(straight_run, tmp_path / "notes.txt") == 2
+    assert "is not a file of results" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "not ours\n"

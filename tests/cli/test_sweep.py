@@ -1,0 +1,90 @@
+"""`fdm sweep` on the tiny run: its table and pictures, continued, refused."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fdm_jax.cli.main import main
+from fdm_jax.evaluation.references import Reference, save_reference
+
+
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stats") / "pixels.npz"
+    save_reference(Reference(np.full(64, 0.3), np.eye(64) / 20, description={"extractor": "pixels", "width": 64}), path)
+    return path
+
+
+def sweep(workdir, out, *more):
+    return main(
+        ["sweep", f"--workdir={workdir}", f"--out={out}", "--seeds=0-9", "--batch=16", "--tolerance=1e-4", *more]
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(straight_run, statistics, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep") / "sweep"
+    arguments = ["--solvers=heun,unipc-2,ancestral", "--nfe=1,5,41", f"--ref={statistics}", "--num=20"]
+    assert sweep(straight_run, out, *arguments) == 0
+    return out, arguments
+
+
+def test_the_table(folder):
+    out, _ = folder
+    rows = json.loads((out / "table.json").read_text())
+    assert {(row["solver"], row["nfe"]) for row in rows} == {
+        ("heun", 1), ("heun", 5), ("heun", 41), ("unipc-2", 5), ("unipc-2", 41),
+        ("ancestral", 1), ("ancestral", 5), ("ancestral", 41),
+    }  # fmt: skip
+    distance = {(row["solver"], row["nfe"]): row["distance"] for row in rows}
+    assert distance["unipc-2", 41] < distance["unipc-2", 5] and distance["heun", 41] < distance["heun", 1]
+    assert distance["unipc-2", 41] < 0.02
+    assert distance["ancestral", 41] is None  # draws noise
+    assert all(row["frechet"] > 0 for row in rows)
+    with (out / "table.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 8
+
+
+def test_the_pictures(folder):
+    out, _ = folder
+    for name in ("distance.png", "frechet.png", "samples.png"):
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 200
+    assert np.load(out / "reference.npy").shape == (10, 8, 8, 1)
+
+
+def test_it_goes_on_where_it_was(folder, straight_run, monkeypatch):
+    """Only the row that is missing is sampled."""
+    from fdm_jax.cli import sweep as module
+
+    out, arguments = folder
+    before = json.loads((out / "table.json").read_text())
+    lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join(lines[:-1]))
+    judged, real = [], module.judge_case
+    monkeypatch.setattr(module, "judge_case", lambda *a: judged.append(a[-1]) or real(*a))
+    assert sweep(straight_run, out, *arguments) == 0
+    assert judged == ["ancestral"]
+    assert json.loads((out / "table.json").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--solvers=heun,nothing"], "There is no solver 'nothing'"),
+        (["--solvers=ancestral"], "draws noise, so that its distance"),
+        (["--grids=edm,nothing"], "There is no grid 'nothing'"),
+        (["--nfe=5,a"], "--nfe must be numbers"),
+        (["--nfe=1", "--solvers=unipc-2"], "None of the solvers takes so few"),
+        (["--num=1"], "--num is 1"),
+        (["--seeds=3-1"], "falls"),
+        (["--ref=nowhere.npz"], "nowhere.npz cannot be read"),
+        (["--sigma-min=90"], "0 < sigma_min < sigma_max"),
+    ],
+)
+def test_bad_input(straight_run, tmp_path, capsys, arguments, words):
+    assert sweep(straight_run, tmp_path / "out", *arguments) == 2
+    assert words in capsys.readouterr().err

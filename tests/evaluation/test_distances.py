@@ -1,0 +1,124 @@
+"""Moments, kernel distance, precision and recall, Inception score: against plain loops and other libraries."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from sklearn.neighbors import NearestNeighbors
+
+from fdm_jax.errors import UserError
+from fdm_jax.evaluation.coverage import precision_recall
+from fdm_jax.evaluation.inception_score import inception_score
+from fdm_jax.evaluation.kernel import kernel_distance
+from fdm_jax.evaluation.moments import Moments, moments
+
+RNG = np.random.default_rng(0)
+
+
+def test_moments_do_not_depend_on_how_features_are_cut_up():
+    """100,000 features in batches of 1 to 999, dealt to 1, 3 and 8 counters."""
+    features = (RNG.standard_normal((100_000, 24)) @ RNG.standard_normal((24, 24)) + 100).astype(np.float32)
+    mean, covariance = np.mean(features, axis=0, dtype=np.float64), np.cov(features.astype(np.float64), rowvar=False)
+    for counters in (1, 3, 8):
+        parts = [Moments(24) for _ in range(counters)]
+        start = i = 0
+        while start < len(features):
+            size = int(RNG.integers(1, 1000))
+            parts[i % counters].add(features[start : start + size])
+            start, i = start + size, i + 1
+        first, *others = parts
+        for other in others:
+            first.merge(other)
+        assert first.count == 100_000
+        got = first.result()
+        np.testing.assert_allclose(got[0], mean, rtol=1e-10)
+        np.testing.assert_allclose(got[1], covariance, rtol=1e-10, atol=1e-10 * np.abs(covariance).max())
+
+
+def test_single_features_and_the_callers_array():
+    features = RNG.standard_normal((5, 3))
+    counted = Moments(3)
+    for row in features:
+        row = row[None].copy()
+        counted.add(row)
+        row[:] = np.nan  # a buffer that is used again
+    np.testing.assert_allclose(counted.result()[1], np.cov(features, rowvar=False), rtol=1e-12)
+
+
+def test_features_that_are_not_finite_or_too_few():
+    bad = np.zeros((4, 2))
+    bad[2, 1] = np.nan
+    with pytest.raises(UserError, match="features of 1 of 4 images are not finite, image 2 first"):
+        moments(bad)
+    with pytest.raises(UserError, match="two images or more, and there are 1"):
+        moments(bad[:1])
+
+
+def test_kernel_distance_is_the_plain_loops():
+    a, b = RNG.standard_normal((6, 4)), RNG.standard_normal((7, 4)) + 0.3
+    kernel = lambda x, y: (x @ y / 4 + 1) ** 3  # noqa: E731
+    rng = np.random.default_rng(3)
+    expected = []
+    for _ in range(5):
+        x, y = a[rng.choice(6, 5, replace=False)], b[rng.choice(7, 5, replace=False)]
+        within = sum(kernel(s[i], s[j]) for s in (x, y) for i in range(5) for j in range(5) if i != j) / 20
+        expected.append(within - 2 * sum(kernel(u, v) for u in x for v in y) / 25)
+    got = kernel_distance(a, b, subsets=5, subset_size=5, seed=3)
+    np.testing.assert_allclose(got, (np.mean(expected), np.std(expected)), rtol=1e-12)
+
+
+def test_kernel_distance_is_unbiased():
+    """Sets of one distribution have a mean of 0, of any size."""
+    values = [kernel_distance(*RNG.standard_normal((2, 20, 4)), subsets=1)[0] for _ in range(400)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / 20
+    assert kernel_distance(RNG.standard_normal((500, 4)), RNG.standard_normal((500, 4)) + 1)[0] > 1
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_are_scikit_learns_neighbours(k):
+    real, generated = RNG.standard_normal((150, 5)), RNG.standard_normal((120, 5)) * 0.7 + 0.5
+
+    def covered(points, centres):
+        radii = NearestNeighbors(n_neighbors=k + 1).fit(centres).kneighbors(centres)[0][:, -1]
+        return np.mean([(np.linalg.norm(point - centres, axis=1) <= radii).any() for point in points])
+
+    precision, recall = precision_recall(generated, real, k)
+    assert precision == pytest.approx(covered(generated, real))
+    assert recall == pytest.approx(covered(real, generated))
+    assert 0.2 < recall < precision < 1
+
+
+def test_precision_and_recall_of_extremes():
+    x = RNG.standard_normal((60, 4))
+    assert precision_recall(x, x) == (1, 1)
+    assert precision_recall(x + 100, x) == (0, 0)
+    assert precision_recall(x[:10], x)[0] == 1 > precision_recall(x[:10], x)[1]
+
+
+def test_blocks_make_no_difference(monkeypatch):
+    from fdm_jax.evaluation import coverage
+
+    real, generated = RNG.standard_normal((70, 3)), RNG.standard_normal((50, 3))
+    whole = precision_recall(generated, real)
+    monkeypatch.setattr(coverage, "_BLOCK", 16)
+    assert precision_recall(generated, real) == whole
+
+
+def test_inception_score_in_closed_form():
+    """Certain and even over K classes: K.  The same for every image: 1."""
+    certain = 1000.0 * np.eye(5)[np.arange(100) % 5]
+    assert inception_score(certain, splits=4) == pytest.approx((5, 0))
+    assert inception_score(np.tile(RNG.standard_normal(5), (100, 1))) == pytest.approx((1, 0))
+    logits = RNG.standard_normal((40, 6))
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    scores = [np.exp(np.mean([scipy.stats.entropy(q, part.mean(0)) for q in part])) for part in np.split(p, 2)]
+    assert inception_score(logits, splits=2) == pytest.approx((np.mean(scores), np.std(scores)))
+
+
+def test_bad_sets():
+    a = np.zeros((5, 3))
+    with pytest.raises(UserError, match="of one width"):
+        kernel_distance(a, np.zeros((5, 4)))
+    with pytest.raises(UserError, match="more than 3 features"):
+        precision_recall(a[:3], a)
+    with pytest.raises(UserError, match="10 splits takes as many images"):
+        inception_score(a)

@@ -1,0 +1,121 @@
+"""Statistics files, extractors and the classifier: what goes in comes out, and what is wrong is said."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from fdm_jax.errors import UserError
+from fdm_jax.evaluation import classifier
+from fdm_jax.evaluation.extractors import FeatureMaker, open_extractor
+from fdm_jax.evaluation.references import Reference, check_fits, load_reference, save_reference
+from fdm_jax.training.parallel import make_mesh
+
+RNG = np.random.default_rng(0)
+SHAPE = (8, 8, 1)
+
+
+def test_statistics_come_back(tmp_path):
+    features = RNG.standard_normal((5, 3)).astype(np.float32)
+    reference = Reference(np.arange(3.0), np.eye(3), features, {"extractor": "pixels", "images": 5})
+    save_reference(reference, tmp_path / "new" / "stats.npz")
+    back = load_reference(tmp_path / "new" / "stats.npz")
+    for name in ("mu", "sigma", "features"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(reference, name))
+    assert back.description == reference.description and len(back.checksum) == 64
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["stats.npz"]
+
+
+def test_the_authors_files_are_read(tmp_path):
+    np.savez(tmp_path / "cifar10-32x32.npz", mu=np.zeros(4), sigma=np.eye(4))
+    back = load_reference(tmp_path / "cifar10-32x32.npz")
+    assert back.features is None and back.description == {}
+
+
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        ({"mu": np.zeros(3)}, "have no sigma"),
+        ({"sigma": np.eye(3)}, "have no mu"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"covariance of .* is \[4, 4\], and its mean has 3"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "sigma of .* must be finite"),
+        ({"mu": np.zeros((3, 1)), "sigma": np.eye(3)}, "mu of .* must be finite numbers in 1 dimension"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "description": np.array("{")}, "description in .* is damaged"),
+    ],
+)
+def test_statistics_that_are_none(tmp_path, arrays, words):
+    np.savez(tmp_path / "stats.npz", **arrays)
+    with pytest.raises(UserError, match=words):
+        load_reference(tmp_path / "stats.npz")
+
+
+def test_files_that_are_something_else(tmp_path):
+    np.savez(tmp_path / "cut.npz", mu=np.zeros(300), sigma=np.eye(300))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:5000])
+    (tmp_path / "text.npz").write_text("mu, sigma")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    for name in ("cut.npz", "text.npz", "one.npy"):
+        with pytest.raises(UserError, match="is no file of statistics"):
+            load_reference(tmp_path / name)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        load_reference(tmp_path / "nowhere.npz")
+
+
+def test_statistics_and_extractor_have_to_fit():
+    pixels = open_extractor("pixels", None, SHAPE)
+    check_fits(Reference(np.zeros(64), np.eye(64)), pixels, "stats")
+    with pytest.raises(UserError, match="are of 2048 numbers an image, and the extractor pixels gives 64"):
+        check_fits(Reference(np.zeros(2048), np.zeros((2048, 2048))), pixels, "stats")
+    with pytest.raises(UserError, match="made with the extractor classifier, and this is pixels"):
+        check_fits(Reference(np.zeros(64), np.eye(64), description={"extractor": "classifier"}), pixels, "stats")
+
+
+def test_pixels_in_any_batch():
+    images = RNG.integers(0, 256, (11, *SHAPE), np.uint8)
+    for size in (1, 8, 64):
+        features, logits = FeatureMaker(open_extractor("pixels", None, SHAPE), make_mesh(), size)(images)
+        np.testing.assert_allclose(features, images.reshape(11, -1) / 255, rtol=1e-6)
+        assert logits is None
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """Bright above against bright below."""
+    labels = RNG.integers(0, 2, 400)
+    images = RNG.integers(0, 100, (400, *SHAPE)).astype(np.uint8)
+    images[labels == 0, :4] += 60
+    images[labels == 1, 4:] += 60
+    return classifier.fit(images[:300], labels[:300], (images[300:], labels[300:]), "halves", steps=60, batch_size=32)
+
+
+def test_a_classifier_learns_and_its_features_have_a_scale_of_one(fitted, tmp_path):
+    assert fitted.accuracy > 0.95 and fitted.classes == 2
+    classifier.save(fitted, tmp_path / "c.safetensors")
+    back = classifier.load(tmp_path / "c.safetensors")
+    assert dataclasses.replace(back, params=None) == dataclasses.replace(fitted, params=None)
+    jax.tree.map(np.testing.assert_array_equal, back.params, fitted.params)
+    images = RNG.integers(0, 256, (200, *SHAPE), np.uint8)
+    maker = FeatureMaker(open_extractor("classifier", tmp_path / "c.safetensors", SHAPE), make_mesh(), 64)
+    features, logits = maker(images)
+    assert features.shape == (200, classifier.WIDTH) and logits.shape == (200, 2)
+    np.testing.assert_allclose(features, fitted.apply(fitted.params, images)[0], atol=1e-4)
+    assert 0.1 < np.median(features.std(axis=0)) < 10
+
+
+def test_extractors_that_cannot_be_opened(fitted, tmp_path):
+    classifier.save(fitted, tmp_path / "c.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes((tmp_path / "c.safetensors").read_bytes()[:400])
+    for arguments, words in [
+        (("incepton", None, SHAPE), "did you mean 'inception'"),
+        (("classifier", None, SHAPE), "needs its weights"),
+        (("pixels", tmp_path / "c.safetensors", SHAPE), "has no weights"),
+        (("pixels", None, (64, 64, 3)), "up to 3,072 values, and these have 12,288"),
+        (("classifier", tmp_path / "nowhere", SHAPE), "nowhere are not there"),
+        (("classifier", tmp_path / "c.safetensors", (9, 9, 1)), "reads images of 8x8x1, and these are 9x9x1"),
+        (("classifier", tmp_path / "broken.safetensors", SHAPE), "is no classifier"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            open_extractor(*arguments)
+    with pytest.raises(UserError, match="two classes or more"):
+        classifier.fit(np.zeros((4, *SHAPE), np.uint8), np.zeros(4, int), (None, None), "one")
