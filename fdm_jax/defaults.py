@@ -83,6 +83,17 @@ def default_config() -> ConfigDict:
     config.samples.columns = 10  # one class per column if there are classes
     config.samples.rows = 8
     config.samples.steps = 18  # of the EDM sampler, NFE = 2 steps - 1
+
+    config.eval = ConfigDict()  # of the EMA while training; the best checkpoint is kept beside the latest ones
+    config.eval.every_images = 0  # how often; 0: not at all
+    config.eval.held_out_split = "test"  # of the data, for the denoising error on images not trained on; "": none
+    config.eval.held_out_source = placeholder(str)  # another data set for it
+    config.eval.held_out_images = 1000  # at most
+    config.eval.ref = placeholder(str)  # statistics of real images (`fdm evaluate ref`) to measure samples against
+    config.eval.num_images = 2000  # samples
+    config.eval.batch_size = 64  # of them at a time
+    config.eval.extractor = placeholder(str)  # inception, classifier, dinov2 or pixels; not set: as the statistics say
+    config.eval.weights = placeholder(str)  # of the extractor
     return config
 
 
@@ -112,7 +123,7 @@ RECIPES: dict[str, dict[str, object]] = {
         "train.images": 120_000, "train.batch_size": 64, "train.learning_rate": 2e-3,
         "train.lr_rampup_images": 5_000.0, "train.ema_halflife_images": 5_000.0,
         "log.every_images": 4_000, "checkpoint.every_images": 20_000, "checkpoint.keep_every_images": 40_000,
-        "samples.every_images": 40_000,
+        "samples.every_images": 40_000, "eval.every_images": 20_000,
     },
 }  # fmt: skip
 

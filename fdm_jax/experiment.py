@@ -24,7 +24,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # What may differ between a run and its continuation: how long it goes, what it reports, where its data lies, and
 # how its work is cut up, which changes numbers by rounding only.
 FREE_FIELDS = (
-    "init_from", "train.images", "train.accumulation", "train.max_bad_steps", "log.", "checkpoint.", "samples.", "parallel",
+    "init_from", "train.images", "train.accumulation", "train.max_bad_steps", "log.", "checkpoint.", "samples.", "eval.",
+    "parallel",
     "data.source", "data.data_dir", "data.cache_mb", "data.threads", "data.workers", "data.device_prefetch",
 )  # fmt: skip
 
@@ -126,7 +127,8 @@ def _train_spec(config: ConfigDict, num_classes: int) -> TrainSpec:
         ("warmup_steps", 0), ("seed", 0), ("log.every_images", 1), ("checkpoint.every_images", 1),
         ("checkpoint.keep_latest", 1), ("checkpoint.keep_every_images", 1), ("samples.every_images", 0),
         ("samples.columns", 1), ("samples.rows", 1), ("samples.steps", 1), ("data.threads", 1),
-        ("data.workers", 0), ("data.device_prefetch", 0),
+        ("data.workers", 0), ("data.device_prefetch", 0), ("eval.every_images", 0), ("eval.held_out_images", 1),
+        ("eval.num_images", 2), ("eval.batch_size", 1),
     ):  # fmt: skip
         value = _field(config, name)
         if not value >= least:

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import norm
 
 from fdm_jax.denoiser import make_denoise_fn
-from fdm_jax.evaluation.denoising import held_out_error
+from fdm_jax.evaluation.denoising import DenoisingError, held_out_error
 from fdm_jax.evaluation.digits import DigitJudge
 from fdm_jax.evaluation.frechet import frechet_distance
 from fdm_jax.evaluation.moments import moments
@@ -213,3 +213,16 @@ def test_distance_of_real_digits(judge, digits):
     draws = [judge.frechet(images[rng.integers(len(images), size=1000)]) for _ in range(5)]
     assert np.mean(draws) == pytest.approx(0.033, abs=0.003)
     assert judge.frechet(255 - images) > 5
+
+
+def test_errors_by_noise_level_are_those_of_the_levels():
+    """Of D = 0 and of the ideal denoiser, in closed form; the same noise at every level and call."""
+    sigmas = [0.05, 0.5, 5.0]
+    error = DenoisingError(lambda v, x, sigma, labels: v * ideal(x, sigma, labels), gaussian_images(200), np.zeros(200))
+    np.testing.assert_allclose(error.by_sigma(1.0, sigmas), 1, atol=5 * np.sqrt(2 / (200 * 64)))
+    expected = [D_DATA**2 * (s**2 + D_DATA**2) / (s * D_DATA) ** 2 for s in sigmas]
+    nothing = error.by_sigma(0.0, sigmas)
+    np.testing.assert_allclose(nothing, expected, rtol=0.05)
+    np.testing.assert_allclose(nothing / expected, nothing[0] / expected[0], rtol=1e-5)
+    np.testing.assert_array_equal(error.by_sigma(0.0, sigmas[1:]), nothing[1:])
+    assert error.mean(1.0) == pytest.approx(held_out_error(ideal, gaussian_images(200), np.zeros(200)), rel=1e-6)

@@ -20,6 +20,7 @@ OVERRIDES = [
     "--config.checkpoint.keep_latest=3",
     "--config.checkpoint.keep_every_images=128",
     "--config.samples.every_images=0",
+    "--config.eval.every_images=0",
 ]
 
 

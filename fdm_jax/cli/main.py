@@ -20,6 +20,7 @@ COMMANDS = (
     "likelihood",
     "sweep",
     "evaluate",
+    "report",
     "dataset",
     "import",
     "export",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,48 +11,81 @@ import numpy as np
 import scipy.stats
 
 
-def held_out_error(
-    denoise_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    levels: int = 4,
-    sigma_data: float = 0.5,
-    P_mean: float = -1.2,
-    P_std: float = 1.2,
-    seed: int = 0,
-    batch_size: int = 256,
-) -> float:
-    """EDM-weighted denoising error, a mean over pixels, images and noise levels.
+class DenoisingError:
+    """EDM-weighted denoising error of models of one kind, compiled once.
 
     The weight (sigma^2 + d^2) / (sigma d)^2 and the levels are EDM's for every family, so that the figures of
     different families stand beside each other; a denoiser that knows only the images' variance d^2 scores 1.
 
     Args:
-      denoise_fn: D(x [B, H, W, C], sigma [B], labels int [B]), jittable.
+      denoise_fn: D(variables, x [B, H, W, C], sigma [B], labels int [B]), jittable.
       images: [N, H, W, C] in [-1, 1].
       labels: int [N].
-      levels: noise levels per image: ln sigma ~ N(P_mean, P_std^2) drawn once in each of so many equal slices of
-        the distribution.
+      sigma_data: d.
       seed: of the levels and the noise, which are the same at every call.
+      batch_size: of the denoiser.
+      rows: sharding of a batch, such as over all devices; None for one device.
     """
-    rng = np.random.default_rng(seed)
-    quantiles = (np.arange(levels) + rng.random((len(images), levels))) / levels
-    sigma = np.exp(P_mean + P_std * scipy.stats.norm.ppf(quantiles)).ravel().astype(np.float32)
-    noise = rng.standard_normal((len(sigma), *images.shape[1:]), dtype=np.float32)
-    images = np.repeat(np.asarray(images, np.float32), levels, axis=0)
-    labels = np.repeat(np.asarray(labels, np.int32), levels)
 
-    @jax.jit
-    def errors(y: jax.Array, n: jax.Array, sigma: jax.Array, labels: jax.Array) -> jax.Array:
-        D_x = denoise_fn(y + sigma[:, None, None, None] * n, sigma, labels)
-        weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-        return weight * jnp.mean((D_x - y) ** 2, axis=(1, 2, 3))
+    def __init__(
+        self, denoise_fn: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array], images: np.ndarray,
+        labels: np.ndarray, *, sigma_data: float = 0.5, seed: int = 0, batch_size: int = 256,
+        rows: jax.sharding.Sharding | None = None,
+    ):  # fmt: skip
+        self._images, self._labels = np.asarray(images, np.float32), np.asarray(labels, np.int32)
+        self._seed, self._batch_size = seed, batch_size
 
-    total = 0.0
-    for start in range(0, len(sigma), batch_size):
-        part = [a[start : start + batch_size] for a in (images, noise, sigma, labels)]
-        n = len(part[0])
-        padded = [np.pad(a, [(0, batch_size - n)] + [(0, 0)] * (a.ndim - 1), mode="edge") for a in part]
-        total += float(np.sum(np.asarray(errors(*padded), np.float64)[:n]))
-    return total / len(sigma)
+        def errors(variables: Any, y: jax.Array, n: jax.Array, sigma: jax.Array, labels: jax.Array) -> jax.Array:
+            D_x = denoise_fn(variables, y + sigma[:, None, None, None] * n, sigma, labels)
+            weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+            return weight * jnp.mean((D_x - y) ** 2, axis=(1, 2, 3))
+
+        self._errors = jax.jit(errors, in_shardings=None if rows is None else (None, rows, rows, rows, rows))
+
+    def mean(self, variables: Any, *, levels: int = 4, P_mean: float = -1.2, P_std: float = 1.2) -> float:
+        """The mean over pixels, images and noise levels.
+
+        Args:
+          variables: of the model.
+          levels: noise levels per image: ln sigma ~ N(P_mean, P_std^2) drawn once in each of so many equal slices of
+            the distribution.
+        """
+        rng = np.random.default_rng(self._seed)
+        quantiles = (np.arange(levels) + rng.random((len(self._images), levels))) / levels
+        sigma = np.exp(P_mean + P_std * scipy.stats.norm.ppf(quantiles)).ravel().astype(np.float32)
+        return float(self._run(variables, sigma, rng).mean())
+
+    def by_sigma(self, variables: Any, sigmas: Sequence[float]) -> np.ndarray:
+        """The mean over pixels and images at each of the noise levels, [len(sigmas)]; every level has the same noise."""
+        rng = np.random.default_rng(self._seed)
+        sigma = np.tile(np.asarray(sigmas, np.float32), len(self._images))
+        noise = rng.standard_normal(self._images.shape, dtype=np.float32).repeat(len(sigmas), axis=0)
+        return self._run(variables, sigma, rng, noise).reshape(len(self._images), len(sigmas)).mean(axis=0)
+
+    def _run(
+        self, variables: Any, sigma: np.ndarray, rng: np.random.Generator, noise: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Errors [len(sigma)], where each image has so many noise levels in a row."""
+        if noise is None:
+            noise = rng.standard_normal((len(sigma), *self._images.shape[1:]), dtype=np.float32)
+        times, size = len(sigma) // len(self._images), self._batch_size
+        images, labels = np.repeat(self._images, times, axis=0), np.repeat(self._labels, times)
+        parts = []
+        for start in range(0, len(sigma), size):
+            part = [a[start : start + size] for a in (images, noise, sigma, labels)]
+            n = len(part[0])
+            padded = [np.pad(a, [(0, size - n)] + [(0, 0)] * (a.ndim - 1), mode="edge") for a in part]
+            parts.append(np.asarray(self._errors(variables, *padded), np.float64)[:n])
+        return np.concatenate(parts)
+
+
+def held_out_error(
+    denoise_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], images: np.ndarray, labels: np.ndarray, *,
+    levels: int = 4, sigma_data: float = 0.5, P_mean: float = -1.2, P_std: float = 1.2, seed: int = 0, batch_size: int = 256,
+) -> float:  # fmt: skip
+    """:meth:`DenoisingError.mean` of one denoiser D(x, sigma [B], labels int [B])."""
+    error = DenoisingError(
+        lambda _, x, sigma, labels: denoise_fn(x, sigma, labels), images, labels,
+        sigma_data=sigma_data, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+    return error.mean({}, levels=levels, P_mean=P_mean, P_std=P_std)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import flax.serialization
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from fdm_jax.errors import UserError
 from fdm_jax.training.step import TrainState
@@ -23,6 +25,7 @@ from fdm_jax.training.step import TrainState
 log = logging.getLogger(__name__)
 
 _MODEL = ("ema", "constants")
+_FIGURE = "figure"
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -38,6 +41,7 @@ class Checkpoints:
       directory: made if it is not there (unless read-only).
       keep_latest: how many of the newest are kept.
       keep_every_steps: those at multiples of this are kept for good; None for none.
+      keep_best: the one with the lowest figure is kept, among those that have one.
       read_only: nothing is written, deleted or moved.
     """
 
@@ -47,12 +51,27 @@ class Checkpoints:
         *,
         keep_latest: int | None = None,
         keep_every_steps: int | None = None,
+        keep_best: bool = False,
         read_only: bool = False,
     ):
-        self._directory, self._read_only = directory.resolve(), read_only
+        self._directory, self._read_only, self._keep_best = directory.resolve(), read_only, keep_best
+        keep: list[policies.PreservationPolicy] = []
+        if not read_only and keep_latest is not None:
+            keep.append(policies.LatestN(keep_latest))
+            if keep_every_steps is not None:
+                keep.append(policies.EveryNSteps(keep_every_steps))
+            if keep_best:
+                lowest = policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[_FIGURE],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+                keep.append(lowest)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep_latest,
-            keep_period=None if read_only else keep_every_steps,
+            # Without it Orbax keeps no figures.
+            best_fn=(lambda metrics: metrics[_FIGURE]) if keep_best or read_only else None,
+            preservation_policy=policies.AnyPreservationPolicy(keep) if keep else None,
             create=not read_only,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
@@ -63,8 +82,15 @@ class Checkpoints:
         """Steps with a finished checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-        """Start writing; returns once the arrays are copied.  Does nothing if the step is saved already."""
+    def save(self, step: int, state: TrainState, meta: dict[str, Any], figure: float | None = None) -> None:
+        """Start writing; returns once the arrays are copied.  Does nothing if the step is saved already.
+
+        Args:
+          step: optimiser step.
+          state: canonical.
+          meta: JSON.
+          figure: how good it is, if that was measured; lower is better.
+        """
         if step in self._manager.all_steps():
             return
         model, train = _split(state)
@@ -73,7 +99,14 @@ class Checkpoints:
             args=ocp.args.Composite(
                 model=ocp.args.StandardSave(model), train=ocp.args.StandardSave(train), meta=ocp.args.JsonSave(meta)
             ),
+            metrics={_FIGURE: math.inf if figure is None else figure} if self._keep_best else None,
         )
+
+    def best(self) -> int | None:
+        """The step with the lowest figure; None if none was measured."""
+        figures = {step: (self._manager.metrics(step) or {}).get(_FIGURE, math.inf) for step in self.steps()}
+        measured = {step: figure for step, figure in figures.items() if math.isfinite(figure)}
+        return min(measured, key=lambda step: measured[step], default=None)
 
     def save_model(self, step: int, variables: dict[str, Any], meta: dict[str, Any]) -> None:
         """Write a checkpoint that has no "train" part, of {"params": ..., ...constants}; a run starts from it, not on."""

@@ -7,7 +7,7 @@ import contextlib
 import fcntl
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fdm_jax.experiment import Experiment, differing_fields
 from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
 from fdm_jax.training.checkpoints import Checkpoints, check_alike
+from fdm_jax.training.evaluating import Evaluator
 from fdm_jax.training.parallel import make_mesh, parallelise, replicated
 from fdm_jax.training.step import TrainState, init_state, make_train_step
 from fdm_jax.training.writers import Writers, write_text
@@ -36,8 +37,9 @@ STEPS_IN_FLIGHT = 4
 def train(experiment: Experiment, source: Source, workdir: Path) -> bool:
     """Train, or go on training, in a workdir.
 
-    Writes ``config.json``, ``parameters.txt``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``samples/*.png`` and
-    ``curves.png``.  The same call again continues the run from its newest checkpoint, bit for bit.
+    Writes ``config.json``, ``parameters.txt``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``samples/*.png``,
+    ``curves.png`` and, if the run evaluates, ``held_out.png``.  The same call again continues the run from its newest
+    checkpoint, bit for bit.
 
     Args:
       experiment: what to train.
@@ -77,8 +79,10 @@ class _Run:
             workdir / "checkpoints",
             keep_latest=self.config.checkpoint.keep_latest,
             keep_every_steps=max(keep, 1) * self.checkpoint_steps,
+            keep_best=self.config.eval.every_images > 0,
         )
         self._check_config()
+        self.evaluator = Evaluator(experiment, self.mesh) if self.config.eval.every_images else None
         self.batches: Batches = make_batches(
             source,
             batch_size=self.batch_size,
@@ -166,6 +170,8 @@ class _Run:
         log_steps, sample_steps = self._steps(self.config.log.every_images), None
         if self.config.samples.every_images:
             sample_steps = self._steps(self.config.samples.every_images)
+        eval_steps = self._steps(self.config.eval.every_images) if self.evaluator is not None else None
+        seconds_before = max((row.get("seconds") or 0.0 for row in writers.rows), default=0.0) if writers else 0.0
         pending: collections.deque[Any] = collections.deque()
         rows: list[dict[str, float]] = []
         tick = time.monotonic()
@@ -206,14 +212,28 @@ class _Run:
                     row = _summary(step, nimg, rows)
                     counted = len(rows) - (1 if step - len(rows) == first_step else 0)
                     row["img_per_s"] = counted * self.batch_size / max(now - tick, 1e-9)
+                    row["seconds"] = seconds_before + now - self.began
                     if writers is not None:
                         writers.scalars(row)
                     progress.report(row["img_per_s"], f"loss {row['loss']:<8.4g}")
                     rows.clear()
                     tick = now
-                if step % self.checkpoint_steps == 0 or last:
+                # Before the checkpoint: after a crash between the two, the run goes on from before both.
+                figure = None
+                if eval_steps and (step % eval_steps == 0 or last) and not stop:
                     fetch(0)
-                    self._save(step, parallel.get_state(device_state))
+                    began = time.monotonic()
+                    if figures := self._evaluate(parallel.get_state(device_state), lambda: bool(stop)):
+                        assert self.evaluator is not None
+                        figure = figures[self.evaluator.ranks_by]
+                        figures["seconds"] = seconds_before + time.monotonic() - self.began
+                        if writers is not None:
+                            writers.scalars({"step": step, "nimg": nimg} | figures)
+                        progress.say(f"{nimg:>11,} images: {_in_words(figures)}")
+                    tick += time.monotonic() - began
+                if step % self.checkpoint_steps == 0 or last or figure is not None:
+                    fetch(0)
+                    self._save(step, parallel.get_state(device_state), figure)
                     tick = time.monotonic() if not rows else tick
                 if sample_steps and (step % sample_steps == 0 or last):
                     began = time.monotonic()
@@ -235,9 +255,13 @@ class _Run:
             self.placed.append(self.parallel.put_batch(next(self.batches)))
         return self.placed.popleft()
 
-    def _save(self, step: int, state: TrainState) -> None:
+    def _save(self, step: int, state: TrainState, figure: float | None = None) -> None:
         position = self.batches.get_state(unused=len(self.placed))
-        self.checkpoints.save(step, state, {"config": self.config.to_dict(), "data": position})
+        self.checkpoints.save(step, state, {"config": self.config.to_dict(), "data": position}, figure)
+
+    def _evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+        assert self.evaluator is not None
+        return self.evaluator({"params": state.ema, **state.constants}, stop)
 
     def _write_samples(self, state: TrainState, nimg: int, writers: Writers | None) -> None:
         """A grid from the EMA with seeds 0, 1, ...; with classes, a class per column."""
@@ -274,12 +298,17 @@ def _summary(step: int, nimg: int, rows: list[dict[str, float]]) -> dict[str, fl
     return row
 
 
+def _in_words(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if "@" not in name and name != "seconds")
+
+
 def _write_curves(workdir: Path, rows: list[dict[str, Any]]) -> None:
-    """Loss and speed against images seen, for the eye."""
-    points = [(row["nimg"], row["loss"]) for row in rows if row.get("loss") is not None]
-    if len(points) > 1:
-        nimg, loss = zip(*points, strict=True)
-        pictures.curves_png(workdir / "curves.png", {"loss": (nimg, loss)}, "images seen", "loss", logy=True)
+    """Loss and held-out error against images seen, for the eye."""
+    for key, file, label in (("loss", "curves.png", "loss"), ("val/error", "held_out.png", "held-out error")):
+        points = [(row["nimg"], row[key]) for row in rows if row.get(key) is not None]
+        if len(points) > 1:
+            nimg, values = zip(*points, strict=True)
+            pictures.curves_png(workdir / file, {label: (nimg, values)}, "images seen", label, logy=True)
 
 
 @contextlib.contextmanager

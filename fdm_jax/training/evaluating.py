@@ -1,0 +1,126 @@
+"""Evaluation while a run trains: held-out denoising error, and generated samples against statistics of real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from fdm_jax.denoiser import make_denoise_fn
+from fdm_jax.errors import UserError
+from fdm_jax.evaluation.denoising import DenoisingError
+from fdm_jax.evaluation.extractors import FeatureMaker, open_extractor
+from fdm_jax.evaluation.frechet import frechet_distance
+from fdm_jax.evaluation.moments import Moments
+from fdm_jax.evaluation.references import check_fits, load_reference
+from fdm_jax.experiment import Experiment, open_data
+from fdm_jax.sampling import seeds as draws
+from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
+from fdm_jax.training.parallel import sharded
+
+SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the curves
+
+
+class Evaluator:
+    """What ``config.eval`` asks for, compiled once; everything random is the same at every call.
+
+    Args:
+      experiment: of the run.
+      mesh: whose devices work on it.
+
+    Attributes:
+      ranks_by: the figure by which checkpoints are best: the Frechet distance if it is measured, else val/error.
+
+    Raises:
+      UserError: held-out data or statistics that are missing or do not fit.
+    """
+
+    def __init__(self, experiment: Experiment, mesh: Mesh):
+        config = experiment.config.eval
+        self._error: DenoisingError | None = None
+        self._samples: Callable[[Any, Callable[[], bool]], dict[str, float] | None] | None = None
+        if config.held_out_split:
+            self._error = _held_out(experiment, mesh)
+            self.ranks_by = "val/error"
+        if config.ref:
+            self._samples, self.ranks_by = _frechet(experiment, mesh)
+        if self._error is None and self._samples is None:
+            raise UserError(
+                "eval.every_images is set, and there is nothing to evaluate: set eval.held_out_split, eval.ref, or both."
+            )
+
+    def __call__(self, variables: Any, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """Figures of the averaged weights {"params": ..., ...constants}; None if ``stop`` said so in the middle."""
+        figures = {}
+        if self._error is not None:
+            figures["val/error"] = self._error.mean(variables)
+            by_sigma = self._error.by_sigma(variables, SIGMAS)
+            figures |= {f"val/error@{sigma:g}": float(value) for sigma, value in zip(SIGMAS, by_sigma, strict=True)}
+        if self._samples is not None:
+            measured = self._samples(variables, stop)
+            if measured is None:
+                return None
+            figures |= measured
+        return figures
+
+
+def _held_out(experiment: Experiment, mesh: Mesh) -> DenoisingError:
+    config, shape = experiment.config.eval, experiment.image_shape
+    try:
+        source = open_data(experiment.config, config.held_out_split, config.held_out_source)
+    except UserError as error:
+        raise UserError(
+            f"The held-out images (eval.held_out_split={config.held_out_split}) cannot be had: {error} "
+            "Without them: --config.eval.held_out_split=''."
+        ) from error
+    spec = source.spec
+    found = (spec.resolution, spec.resolution, spec.channels)
+    if found != shape:
+        raise UserError(f"The held-out images of {spec.name} are {found}, and the run's are {shape}.")
+    batch = source.read(np.arange(min(len(source), config.held_out_images)))
+
+    def denoise(variables: Any, x: jax.Array, sigma: jax.Array, labels: jax.Array) -> jax.Array:
+        class_labels = jax.nn.one_hot(labels, experiment.num_classes) if experiment.num_classes else None
+        network = lambda x, c_noise: experiment.network.apply(variables, x, c_noise, class_labels)  # noqa: E731
+        return make_denoise_fn(experiment.family, network)(x, sigma)
+
+    images = batch["image"] / np.float32(127.5) - 1
+    size = -(-min(256, 4 * len(images)) // mesh.size) * mesh.size
+    return DenoisingError(denoise, images, batch["label"], batch_size=size, rows=sharded(mesh))
+
+
+def _frechet(
+    experiment: Experiment, mesh: Mesh
+) -> tuple[Callable[[Any, Callable[[], bool]], dict[str, float] | None], str]:
+    config, path = experiment.config.eval, Path(experiment.config.eval.ref).expanduser()
+    reference = load_reference(path)
+    kind = config.extractor or reference.description.get("extractor", "inception")
+    weights = Path(config.weights).expanduser() if config.weights else None
+    extractor = open_extractor(kind, weights, experiment.image_shape)
+    check_fits(reference, extractor, path)
+    if config.num_images < 2:
+        raise UserError(f"eval.num_images must be 2 or more, and is {config.num_images}.")
+    generate = make_generate_fn(
+        experiment.network, experiment.family, experiment.image_shape, experiment.num_classes,
+        steps=experiment.config.samples.steps,
+    )  # fmt: skip
+    generator = BatchedGenerator(generate, mesh, min(config.batch_size, config.num_images))
+    maker = FeatureMaker(extractor, mesh, generator.batch_size)
+    name = "eval/fid" if extractor.kind == "inception" else "eval/frechet_distance"
+
+    def measure(variables: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
+        seeds, counted = np.arange(config.num_images, dtype=np.uint32), Moments(extractor.width)
+        labels = np.full(len(seeds), -1, np.int32)
+        if experiment.num_classes:
+            labels = np.asarray(draws.labels(jax.numpy.asarray(seeds), experiment.num_classes))
+        for _, images in generator(variables, seeds, labels):
+            counted.add(maker(images)[0])
+            if stop():
+                return None
+        return {name: frechet_distance(*counted.result(), reference.mu, reference.sigma)}
+
+    return measure, name

@@ -1,0 +1,98 @@
+"""Evaluation while training: its figures, the best checkpoint, and that training goes on as without it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from cli.conftest import assert_same_end, rows
+
+from fdm_jax.cli.main import main
+from fdm_jax.cli.sampling import load_model
+from fdm_jax.data.digits import load_digits_arrays
+from fdm_jax.denoiser import make_denoise_fn
+from fdm_jax.evaluation.denoising import held_out_error
+from fdm_jax.evaluation.moments import moments
+from fdm_jax.evaluation.references import Reference, save_reference
+from fdm_jax.training.checkpoints import Checkpoints
+
+EVERY = ["--config.eval.every_images=64", "--config.eval.held_out_images=50", "--config.eval.num_images=40"]
+
+
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory, data_dir):
+    images, _ = load_digits_arrays("all", data_dir.partition("=")[2])
+    path = tmp_path_factory.mktemp("statistics") / "pixels.npz"
+    reference = Reference(*moments(images.reshape(len(images), -1) / 255), description={"extractor": "pixels"})
+    save_reference(reference, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_dir, statistics):
+    """Like the straight run, with five evaluations, and nothing kept but the last and the best."""
+    workdir = tmp_path_factory.mktemp("evaluated") / "run"
+    more = [
+        *EVERY, f"--config.eval.ref={statistics}", "--config.checkpoint.keep_latest=1",
+        "--config.checkpoint.keep_every_images=100000",
+    ]  # fmt: skip
+    assert main(tiny.arguments(workdir, data_dir, *more)) == 0
+    return workdir
+
+
+def evaluations(workdir):
+    return [row for row in rows(workdir) if "val/error" in row]
+
+
+def test_figures_are_logged(run):
+    found = evaluations(run)
+    assert [row["nimg"] for row in found] == [64, 128, 192, 256, 320]
+    for row in found:
+        assert row["eval/frechet_distance"] > 0 and row["val/error"] > 0
+        assert len([key for key in row if key.startswith("val/error@")]) == 9
+    assert (run / "held_out.png").exists()
+    seconds = [json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(run):
+    frechet = {row["step"]: row["eval/frechet_distance"] for row in evaluations(run)}
+    best = min(frechet, key=frechet.get)
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    assert checkpoints.best() == best
+    assert checkpoints.steps() == sorted({best, 20})
+
+
+def test_the_error_is_that_of_the_saved_weights(run, data_dir):
+    model = load_model(run)
+    images, labels = load_digits_arrays("test", data_dir.partition("=")[2])
+
+    def denoise(x, sigma, labels):
+        network = lambda x, c: model.experiment.network.apply(model.variables, x, c, jax.nn.one_hot(labels, 10))  # noqa: E731
+        return make_denoise_fn(model.experiment.family, network)(x, sigma)
+
+    expected = held_out_error(denoise, images[:50] / np.float32(127.5) - 1, labels[:50])
+    assert evaluations(run)[-1]["val/error"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_is_as_without_it(run, straight_run):
+    assert_same_end(run, straight_run, 20)
+    training = [row for row in rows(run) if "loss" in row]
+    assert training == rows(straight_run)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config.eval.ref=nowhere.npz"], "nowhere.npz cannot be read"),
+        (["--config.eval.held_out_split=nothing"], "--config.eval.held_out_split=''"),
+        (["--config.eval.held_out_split="], "there is nothing to evaluate"),
+        (["--config.eval.ref=STATISTICS", "--config.eval.extractor=classifier"], "needs its weights"),
+        (["--config.eval.num_images=1"], "eval.num_images must be 2 or more"),
+    ],
+)
+def test_bad_input(tmp_path, data_dir, statistics, capsys, arguments, words):
+    arguments = [argument.replace("STATISTICS", str(statistics)) for argument in arguments]
+    assert main(tiny.arguments(tmp_path / "run", data_dir, *EVERY, *arguments)) == 2
+    assert words in capsys.readouterr().err
