@@ -23,7 +23,7 @@ from fdm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from fdm_jax.experiment import Experiment
-    from fdm_jax.reporting import Likelihood, Run, Sweep
+    from fdm_jax.reporting.runs import Likelihood, Run, Sweep
 
 HELP = "make an HTML page that compares runs"
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     _check_out(args.out)
     _check_workdirs(args.workdir)
 
-    from fdm_jax.reporting import page
+    from fdm_jax.reporting.page import page
 
     runs = read_runs(args.workdir, args.sweep)
     content = page(runs, datetime.datetime.now().astimezone()).encode("utf-8", "replace")
@@ -122,7 +122,7 @@ def read_run(workdir: Path, name: str, counts: _NetworkCounts) -> Run:
     Raises:
       UserError: it is none, or a file in it cannot be read.
     """
-    from fdm_jax.reporting import Run, number
+    from fdm_jax.reporting.runs import Run, number
     from fdm_jax.training.checkpoints import read_config
     from fdm_jax.training.writers import read_metrics
 
@@ -222,7 +222,7 @@ def read_record(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _read_likelihood(path: Path) -> Likelihood:
-    from fdm_jax.reporting import Likelihood, number
+    from fdm_jax.reporting.runs import Likelihood, number
 
     settings, rows = read_record(path)
     values = [value for row in rows if (value := number(row.get("bits_per_dim"))) is not None]
@@ -268,7 +268,7 @@ def _deal_sweeps(runs: list[Run], workdirs: Sequence[Path], named: Sequence[Path
 
 
 def _read_sweep(folder: Path) -> Sweep:
-    from fdm_jax.reporting import Sweep
+    from fdm_jax.reporting.runs import Sweep
 
     if not (folder / "results.jsonl").is_file():
         raise UserError(f"{folder} is not the folder of a sweep: it has no results.jsonl.")

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from fdm_jax.errors import UserError
+from fdm_jax.evaluation.weights import sha256
 
 FORMAT = "fdm_jax classifier 1"
 WIDTH = 64  # of the features
@@ -152,7 +153,9 @@ def load(path: Path) -> Classifier:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise UserError(f"{path} is no classifier: `fdm evaluate fit-classifier` makes one.")
+                raise UserError(
+                    f"{path} (sha256 {sha256(path)}) is no classifier: `fdm evaluate fit-classifier` makes one."
+                )
             fields = json.loads(metadata["classifier"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except OSError as error:
@@ -160,7 +163,7 @@ def load(path: Path) -> Classifier:
     except (SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is no classifier, or damaged ({error}).") from error
+        raise UserError(f"{path} (sha256 {sha256(path)}) is no classifier, or damaged ({error}).") from error
     fields["image_shape"] = tuple(fields["image_shape"])
     params = unflatten_dict({tuple(name.split("/")): value for name, value in tensors.items()})
     classifier = Classifier(**fields, params=params)

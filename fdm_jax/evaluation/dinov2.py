@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdm_jax.errors import UserError
-from fdm_jax.evaluation.inception import HIGHEST, as_rgb, check_images, check_weights, weights_of
+from fdm_jax.evaluation.inception import HIGHEST, as_rgb, check_images
+from fdm_jax.evaluation.weights import check_weights, weights_of
 
 SIZE = 224
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdm_jax.errors import UserError, nearest
+from fdm_jax.evaluation.weights import sha256
 
 KINDS = ("inception", "classifier", "dinov2", "pixels")
 MAX_PIXELS = 3072  # values of an image whose pixels are features; their covariance has the square of it
@@ -102,12 +102,6 @@ def _pixels(image_shape: tuple[int, int, int]) -> Extractor:
     return Extractor(
         "pixels", width, None, {}, lambda _, images: (images.reshape(len(images), -1).astype(jnp.float32) / 255, None)
     )
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class FeatureMaker:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from fdm_jax.errors import UserError
-from fdm_jax.evaluation.extractors import Extractor, sha256
+from fdm_jax.evaluation.extractors import Extractor
+from fdm_jax.evaluation.weights import sha256
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,6 +67,24 @@ def deis_calls(sigmas: np.ndarray, order: int) -> list[Call]:
     return calls
 
 
+# Adams and Bashforth's weights of the last 1, 2, 3 and 4 slopes, newest first.
+_ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def ipndm_calls(sigmas: np.ndarray) -> list[Call]:
+    """iPNDM (Zhang and Chen, arXiv 2204.13902, after Liu et al., arXiv 2202.09778): up to four slopes (x - D) / sigma.
+
+    The weights are those of even steps, whatever the grid: of order 4 where steps are even, of order 2 where they change
+    smoothly.
+    """
+    sigmas, calls = check_grid(sigmas), []
+    for i, (sigma, to) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        weights = _ADAMS_BASHFORTH[min(i, 3) if to > 0 else 0]
+        x = Combination(1.0, tuple((to - sigma) * weight for weight in weights))
+        calls.append(step_call(sigma, x)._replace(remember=(1 / sigma, -1 / sigma)))
+    return calls
+
+
 def _integrals(nodes: np.ndarray, start: float, end: float) -> list[float]:
     """The integral from start to end of each Lagrange polynomial of the nodes."""
     points, weights = np.polynomial.legendre.leggauss(len(nodes))  # exact for these degrees

@@ -11,7 +11,7 @@ from fdm_jax.errors import UserError, nearest
 from fdm_jax.sampling.dpm import multistep_calls, singlestep_calls, singlestep_orders
 from fdm_jax.sampling.edm import Churn, edm_calls
 from fdm_jax.sampling.linear import Call
-from fdm_jax.sampling.multistep import deis_calls, unipc_calls
+from fdm_jax.sampling.multistep import deis_calls, ipndm_calls, unipc_calls
 from fdm_jax.sampling.stochastic import ancestral_calls, sde_dpm_calls
 
 
@@ -76,6 +76,10 @@ SOLVERS: dict[str, Solver] = {
     "unipc-3": Solver(4, "steps", "UniPC-3, arXiv 2302.04867", _multistep(unipc_calls, 3), min_steps=2),
     "deis-2": Solver(2, "steps", "DEIS tAB-1, arXiv 2204.13902", _multistep(deis_calls, 2), min_steps=2),
     "deis-3": Solver(3, "steps", "DEIS tAB-2, arXiv 2204.13902", _multistep(deis_calls, 3), min_steps=2),
+    "ipndm": Solver(
+        2, "steps", "iPNDM-4, arXiv 2204.13902; order 4 where steps are even",
+        lambda sigmas, steps: ipndm_calls(sigmas), min_steps=2,
+    ),
     "ancestral": Solver(
         1, "steps", "DDPM's posterior, arXiv 2006.11239", lambda sigmas, steps: ancestral_calls(sigmas), stochastic=True
     ),

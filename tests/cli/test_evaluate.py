@@ -142,3 +142,22 @@ def test_another_evaluation_in_the_folder(measured, place, capsys):
     out, arguments = measured
     assert evaluate(place, *arguments, "--first-seed=7") == 2
     assert "holds an evaluation with another first_seed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_fid_with_inception_itself(straight_run, data_dir, tmp_path):
+    """Random weights in pytorch-fid's names: from the file of weights to a figure that is called FID."""
+    from golden.make_extractors import numbers
+    from safetensors.numpy import save_file
+
+    from fdm_jax.evaluation import inception
+
+    weights = tmp_path / "inception.safetensors"
+    save_file({name: numbers(name, shape) for name, shape in inception._shapes().items()}, weights)
+    data = [f"--data_dir={data_dir.partition('=')[2]}", "--data=digits", "--num=40", "--keep-features"]
+    assert main(["evaluate", "ref", *data, f"--weights={weights}", f"--out={tmp_path}/ref.npz", "--batch=8"]) == 0
+    arguments = [f"--workdir={straight_run}", f"--weights={weights}", "--num=24", "--batch=8", "--bootstrap=2"]
+    assert evaluate(tmp_path, *arguments, f"--out={tmp_path}/out") == 0
+    figures = result(tmp_path / "out")["metrics"]
+    assert set(figures) == {"fid", "kid", "precision", "recall", "inception_score"}
+    assert figures["fid"]["value"] > 0 and figures["fid"]["deviation"] > 0

@@ -12,7 +12,9 @@ from fdm_jax import pictures
 from fdm_jax.cli.main import main
 from fdm_jax.cli.report import distinct_names
 from fdm_jax.defaults import recipe, to_json
-from fdm_jax.reporting import PALETTE, Point, best_of, colours, duration, shown, spread
+from fdm_jax.reporting.markup import duration, shown
+from fdm_jax.reporting.page import spread
+from fdm_jax.reporting.runs import PALETTE, Point, best_of, colours
 
 SIGMAS = (0.02, 0.2, 2.0)
 EMPTY = {"img", "meta"}

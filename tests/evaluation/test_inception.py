@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from fdm_jax.errors import UserError
 from fdm_jax.evaluation import inception
-from fdm_jax.evaluation.inception import check_weights, convert_inception, inception_features, load_inception
+from fdm_jax.evaluation.inception import convert_inception, inception_features, load_inception
+from fdm_jax.evaluation.weights import check_weights
 
 features = jax.jit(inception_features)
 

@@ -113,7 +113,7 @@ def test_extractors_that_cannot_be_opened(fitted, tmp_path):
         (("pixels", None, (64, 64, 3)), "up to 3,072 values, and these have 12,288"),
         (("classifier", tmp_path / "nowhere", SHAPE), "nowhere are not there"),
         (("classifier", tmp_path / "c.safetensors", (9, 9, 1)), "reads images of 8x8x1, and these are 9x9x1"),
-        (("classifier", tmp_path / "broken.safetensors", SHAPE), "is no classifier"),
+        (("classifier", tmp_path / "broken.safetensors", SHAPE), r"sha256 [0-9a-f]{64}\) is no classifier"),
     ]:
         with pytest.raises(UserError, match=words):
             open_extractor(*arguments)

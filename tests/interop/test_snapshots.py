@@ -21,7 +21,10 @@ from fdm_jax.interop.snapshots import Persistent, Snapshot, read_snapshot, tenso
 from fdm_jax.interop.state_dict import from_torch, to_torch
 from fdm_jax.momentum import Momentum
 from fdm_jax.networks.song_unet import PRESETS
-from fdm_jax.sampling import edm_sample, edm_sigmas, sampling_range
+from fdm_jax.sampling import edm_sigmas, sampling_range
+from fdm_jax.sampling.grids import log_snr_sigmas
+from fdm_jax.sampling.linear import integrate
+from fdm_jax.sampling.solvers import make_calls
 
 NAMES = ("fdm_edm", "ve", "edm")
 FAMILIES = {"fdm_edm": EDM(momentum=Momentum(multiplier=2.0)), "ve": VE(), "edm": EDM()}
@@ -53,15 +56,24 @@ def test_golden_denoiser(snapshots, golden, name):
     np.testing.assert_allclose(D_x, nhwc(data["D/out_sigma_vec"]), atol=1e-4 * np.abs(D_x).max())
 
 
+@pytest.mark.parametrize("sampler", ["edm18", "dpm25"])
 @pytest.mark.parametrize("name", NAMES)
-def test_golden_samples(snapshots, golden, name):
+def test_golden_samples(snapshots, golden, name, sampler):
+    """EDM's sampler in the model's own range, DPM-Solver++ beyond it, as the original runs them."""
     model, data = snapshots[name], golden(f"snapshot_{name}")
     labels = data["D/class_labels"] if model.network.label_dim else None
     latents = jnp.asarray(nhwc(data["S/latents"]), jnp.float32)
     denoise = lambda x, sigma: model.denoise(x, sigma, labels)  # noqa: E731
-    out = jax.jit(lambda x: edm_sample(denoise, x, edm_sigmas(18, *sampling_range(model.family))))(latents)
-    sensitivity = float(data["S/edm18/maxdiff_when_latents_perturbed_1e-6"])
-    np.testing.assert_allclose(out, nhwc(data["S/edm18/out"]), atol=max(20 * sensitivity, 1e-4))
+    if sampler == "edm18":
+        sigmas = edm_sigmas(18, *sampling_range(model.family))
+        calls = make_calls("heun", 18, sigmas)
+    else:
+        sigmas, calls = log_snr_sigmas(2), make_calls("dpmpp", 25, log_snr_sigmas)
+    called = np.array([call.sigma for call in calls])
+    np.testing.assert_allclose(called, data[f"S/{sampler}/sigmas_called"], rtol=1e-6)
+    out = jax.jit(lambda x: integrate(denoise, x, sigmas[0], calls))(latents)
+    sensitivity = float(data[f"S/{sampler}/maxdiff_when_latents_perturbed_1e-6"])
+    np.testing.assert_allclose(out, nhwc(data[f"S/{sampler}/out"]), atol=max(20 * sensitivity, 1e-4))
 
 
 @pytest.mark.parametrize(
