@@ -22,6 +22,13 @@ from fdm_jax.sampling.linear import integrate
 from fdm_jax.sampling.solvers import make_calls
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def same_draws_whatever_ran_before():
+    RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
 

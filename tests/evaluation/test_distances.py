@@ -14,6 +14,11 @@ from fdm_jax.evaluation.moments import Moments, moments
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def same_draws_whatever_ran_before():
+    RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
 def test_moments_do_not_depend_on_how_features_are_cut_up():
     """100,000 features in batches of 1 to 999, dealt to 1, 3 and 8 counters."""
     features = (RNG.standard_normal((100_000, 24)) @ RNG.standard_normal((24, 24)) + 100).astype(np.float32)
@@ -75,7 +80,8 @@ def test_kernel_distance_is_unbiased():
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_are_scikit_learns_neighbours(k):
-    real, generated = RNG.standard_normal((150, 5)), RNG.standard_normal((120, 5)) * 0.7 + 0.5
+    rng = np.random.default_rng(k)
+    real, generated = rng.standard_normal((150, 5)), rng.standard_normal((120, 5)) * 0.7 + 0.5
 
     def covered(points, centres):
         radii = NearestNeighbors(n_neighbors=k + 1).fit(centres).kneighbors(centres)[0][:, -1]
@@ -84,7 +90,7 @@ def test_precision_and_recall_are_scikit_learns_neighbours(k):
     precision, recall = precision_recall(generated, real, k)
     assert precision == pytest.approx(covered(generated, real))
     assert recall == pytest.approx(covered(real, generated))
-    assert 0.2 < recall < precision < 1
+    assert 0 < recall < precision < 1
 
 
 def test_precision_and_recall_of_extremes():

@@ -15,10 +15,15 @@ from fdm_jax.training.parallel import make_mesh
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def same_draws_whatever_ran_before():
+    RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     images, labels = load_digits_arrays("all", tmp_path_factory.mktemp("digits"))
-    order = RNG.permutation(len(images))
+    order = np.random.default_rng(1).permutation(len(images))
     return images[order], labels[order]
 
 
