@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fdm_jax.cli.distributed import add_distributed_argument, initialise
 from fdm_jax.cli.sampling import add_sampling_arguments, choose_labels, load_model, make_sampler
 from fdm_jax.errors import UserError
 
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
+    add_distributed_argument(parser)
     add_sampling_arguments(parser)
 
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
@@ -111,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Generate or read, extract, measure, write down."""
+    import jax
     from absl import logging
 
     from fdm_jax.evaluation.measures import choose_metrics, measure
@@ -122,6 +125,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.bootstrap < 0:
         raise UserError(f"--bootstrap must be 0 or more, and is {args.bootstrap}.")
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
+    initialise(args.distributed)
     images = generated_images(args) if args.images is None else existing_images(args)
     reference, extractor = open_reference(args.ref, args.extractor, args.weights, images.shape)
     metrics = choose_metrics(args.metrics.split(",") if args.metrics else None, reference, extractor)
@@ -130,7 +134,10 @@ def evaluate(args: argparse.Namespace) -> int:
     }  # fmt: skip
     parent = args.workdir / "evaluations" if args.workdir else Path("evaluations")
     folder = args.out or parent / folder_name(images.name, settings)
-    features, logits, seconds = extract_all(folder, settings, images, extractor, args)
+    seconds = extract_all(folder, settings, images, extractor, args)
+    if jax.process_index():
+        return 0  # the first process has all features before it
+    features, logits = _gather(folder / "features", images)
     result = measure(features, logits, reference, extractor, metrics, bootstrap=args.bootstrap)
     report = {"metrics": result, "images": len(features), "seconds": round(seconds, 1), "settings": settings}
     _write_json(folder / "result.json", report | {"versions": versions()})
@@ -168,6 +175,8 @@ def generated_images(args: argparse.Namespace) -> Images:
     Raises:
       UserError: see :func:`~fdm_jax.cli.sampling.make_sampler`; seeds beyond 2^32.
     """
+    import jax
+
     from fdm_jax.sampling.generate import BatchedGenerator
     from fdm_jax.training.parallel import make_mesh
 
@@ -175,7 +184,7 @@ def generated_images(args: argparse.Namespace) -> Images:
     sampler, num = make_sampler(args, model), args.num or 50_000
     if not 0 <= args.first_seed <= 2**32 - num:
         raise UserError(f"The seeds must lie from 0 to {2**32 - 1}: {args.first_seed} and {num:,} more do not.")
-    generator = BatchedGenerator(sampler.generate, make_mesh(), min(args.batch, num))
+    generator = BatchedGenerator(sampler.generate, make_mesh(jax.local_devices()), min(args.batch, num))
     piece = generator.batch_size * max(512 // generator.batch_size, 1)
 
     def make(start: int) -> np.ndarray:
@@ -254,35 +263,51 @@ def open_reference(
 
 def extract_all(
     folder: Path, settings: dict[str, Any], images: Images, extractor: Extractor, args: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray | None, float]:
-    """Features and logits of all images, piece by piece into ``folder``, and the seconds that it took.
+) -> float:
+    """Features and logits of all images, piece by piece into ``folder``; returns the seconds that it took.
+
+    Each process makes every so-manieth piece on its own devices; the folder is one that all of them see.
 
     Raises:
       UserError: the folder holds an evaluation of other settings, or cannot be written.
     """
+    import jax
+    from jax.experimental import multihost_utils
+
     from fdm_jax.evaluation.extractors import FeatureMaker
     from fdm_jax.evaluation.moments import check_finite
     from fdm_jax.progress import Progress
     from fdm_jax.training.parallel import make_mesh
 
-    pieces = folder / "features"
-    _claim(folder, settings | {"piece": images.piece})
-    starts = range(0, images.num, images.piece)
-    missing = [start for start in starts if not (pieces / f"{start:09d}.npz").exists()]
-    before = images.num - sum(min(images.piece, images.num - start) for start in missing)
-    maker = FeatureMaker(extractor, make_mesh(), min(args.batch, images.num))
-    progress, began, done = Progress(images.num, before), time.monotonic(), 0
+    pieces, many = folder / "features", jax.process_count() > 1
+    if jax.process_index() == 0:
+        _claim(folder, settings | {"piece": images.piece})
+    if many:
+        multihost_utils.sync_global_devices("the folder is ready")
+    ours = range(0, images.num, images.piece)[jax.process_index() :: jax.process_count()]
+    missing = [start for start in ours if not (pieces / f"{start:09d}.npz").exists()]
+    total, left = (sum(min(images.piece, images.num - start) for start in starts) for starts in (ours, missing))
+    maker = FeatureMaker(extractor, make_mesh(jax.local_devices()), min(args.batch, images.num))
+    progress = Progress(total, total - left, quiet=jax.process_index() > 0)
+    began, done = time.monotonic(), 0
     for start in missing:
         features, logits = maker(images.make(start))
         check_finite(features)
         _write_npz(pieces / f"{start:09d}.npz", {"features": features} | ({} if logits is None else {"logits": logits}))
         done += len(features)
-        progress.advance(before + done)
+        progress.advance(total - left + done)
         progress.report(done / (time.monotonic() - began))
     progress.close()
-    parts = [np.load(pieces / f"{start:09d}.npz") for start in starts]
+    if many:
+        multihost_utils.sync_global_devices("all features are there")
+    return time.monotonic() - began
+
+
+def _gather(pieces: Path, images: Images) -> tuple[np.ndarray, np.ndarray | None]:
+    """Features [N, D] and logits [N, K], in order."""
+    parts = [np.load(pieces / f"{start:09d}.npz") for start in range(0, images.num, images.piece)]
     logits = np.concatenate([part["logits"] for part in parts]) if "logits" in parts[0].files else None
-    return np.concatenate([part["features"] for part in parts]), logits, time.monotonic() - began
+    return np.concatenate([part["features"] for part in parts]), logits
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ class FeatureMaker:
         for start in range(0, len(images), self.batch_size):
             part = images[start : start + self.batch_size]
             fill = [(0, self.batch_size - len(part))] + [(0, 0)] * (images.ndim - 1)
-            of_part, logits_of_part = self._apply(self._variables, np.pad(part, fill, mode="edge"))
+            of_part, logits_of_part = self._apply(self._variables, jnp.asarray(np.pad(part, fill, mode="edge")))
             features.append(np.asarray(of_part, np.float32)[: len(part)])
             if logits_of_part is not None:
                 logits.append(np.asarray(logits_of_part, np.float32)[: len(part)])

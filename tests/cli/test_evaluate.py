@@ -1,10 +1,12 @@
 """`fdm evaluate` on the tiny run: statistics, generated and existing images, a stop in the middle, refusals."""
 
 import json
+import socket
 import zipfile
 
 import numpy as np
 import pytest
+from cli.conftest import start
 from encoded import png
 
 from fdm_jax.cli.main import main
@@ -91,6 +93,21 @@ def test_it_goes_on_where_it_was(measured, place, monkeypatch):
     assert result(out)["metrics"] == before["metrics"]
 
 
+def test_two_processes_share_the_work(measured, place, tmp_path):
+    """Each makes its pieces; the figures are those of one process."""
+    out, arguments = measured
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    more = [*arguments[:-1], f"--out={tmp_path}/shared", f"--ref={place}/ref.npz", "--steps=3", "--batch=16"]
+    processes = [start(["evaluate", *more, f"--distributed={address},2,{index}"], devices=2) for index in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "frechet_distance" in said[0] and "frechet_distance" not in said[1]
+    ours, theirs = (result(folder)["metrics"]["frechet_distance"]["value"] for folder in (tmp_path / "shared", out))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_a_zip_and_a_folder(place, tmp_path):
     images = RNG.integers(0, 256, (40, 8, 8), np.uint8)
     (tmp_path / "images").mkdir()
@@ -119,6 +136,8 @@ def test_a_zip_and_a_folder(place, tmp_path):
         (["--images=PLACE/mixed"], "9x9"),
         (["--images=PLACE/many.npz", "--metrics=inception-score"], "needs the extractor inception"),
         (["--images=PLACE/many.npz", "--extractor=classifier"], "needs its weights"),
+        (["--images=PLACE/many.npz", "--distributed=localhost:1,2,2"], "I from 0 to N - 1, and is 'localhost:1,2,2'"),
+        (["--images=PLACE/many.npz", "--distributed=somehow"], "must be off, auto"),
         (["--images=PLACE/many.npz", "--bootstrap=-1"], "--bootstrap must be 0 or more"),
         (["--workdir=PLACE"], "PLACE"),
     ],
