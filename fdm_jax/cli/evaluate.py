@@ -24,15 +24,17 @@ import importlib.metadata
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fdm_jax.cli.distributed import add_distributed_argument, initialise
-from fdm_jax.cli.sampling import add_sampling_arguments, choose_labels, load_model, make_sampler
+from fdm_jax.cli.images import Images, existing_images, generated_images
+from fdm_jax.cli.sampling import add_sampling_arguments
 from fdm_jax.errors import UserError
+from fdm_jax.whole_files import save_npz, write_whole
 
 if TYPE_CHECKING:
     from fdm_jax.data.sources import Source
@@ -150,100 +152,6 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-class Images:
-    """Images to measure, in pieces that can be made one by one.
-
-    Attributes:
-      name: short, for people and folders.
-      shape: (H, W, C).
-      num: how many.
-      settings: what they depend on.
-      piece: images at a time.
-      make: (start) -> uint8 [n, H, W, C], the piece that begins there.
-    """
-
-    def __init__(
-        self, name: str, shape: tuple[int, int, int], num: int, settings: dict[str, Any], piece: int,
-        make: Callable[[int], np.ndarray],
-    ):  # fmt: skip
-        self.name, self.shape, self.num, self.settings, self.piece, self.make = name, shape, num, settings, piece, make
-
-
-def generated_images(args: argparse.Namespace) -> Images:
-    """Of a model, by seed.
-
-    Raises:
-      UserError: see :func:`~fdm_jax.cli.sampling.make_sampler`; seeds beyond 2^32.
-    """
-    import jax
-
-    from fdm_jax.sampling.generate import BatchedGenerator
-    from fdm_jax.training.parallel import make_mesh
-
-    model = load_model(args.workdir, args.checkpoint)
-    sampler, num = make_sampler(args, model), args.num or 50_000
-    if not 0 <= args.first_seed <= 2**32 - num:
-        raise UserError(f"The seeds must lie from 0 to {2**32 - 1}: {args.first_seed} and {num:,} more do not.")
-    generator = BatchedGenerator(sampler.generate, make_mesh(jax.local_devices()), min(args.batch, num))
-    piece = generator.batch_size * max(512 // generator.batch_size, 1)
-
-    def make(start: int) -> np.ndarray:
-        seeds = (args.first_seed + np.arange(start, min(start + piece, num))).astype(np.uint32)
-        labels = choose_labels(args.label, seeds, model.experiment.num_classes)
-        return np.concatenate([images for _, images in generator(sampler.variables, seeds, labels)])
-
-    settings = sampler.settings | {"nfe": sampler.nfe, "weights": "EMA", "first_seed": args.first_seed, "num": num}
-    name = f"step-{model.checkpoint}-{args.solver}-{sampler.nfe}nfe-{num}"
-    return Images(name, model.experiment.image_shape, num, settings, piece, make)
-
-
-def existing_images(args: argparse.Namespace) -> Images:
-    """Of a folder, a zip or an npz.
-
-    Raises:
-      UserError: it holds none, fewer than asked for, or of several sizes.
-    """
-    if args.images.suffix == ".npz":
-        arrays = _npz_images(args.images)
-        found, shape, read = len(arrays), arrays.shape[1:], lambda rows: arrays[rows]
-    else:
-        from fdm_jax.data.opening import open_source
-
-        source = open_source(args.images.absolute(), use_labels=False, cache_mb=0)
-        spec = source.spec
-        found, shape = len(source), (spec.resolution, spec.resolution, spec.channels)
-        read = lambda rows: source.read(rows)["image"]  # noqa: E731
-    num = args.num or found
-    if num > found:
-        raise UserError(f"{args.images} holds {found:,} images, and --num asks for {num:,}.")
-    make = lambda start: read(np.arange(start, min(start + 512, num)))  # noqa: E731
-    return Images(args.images.name, shape, num, {"images": str(args.images.resolve()), "num": num}, 512, make)
-
-
-def _npz_images(path: Path) -> np.ndarray:
-    import zipfile
-
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            for name in ("image", "images", "arr_0"):
-                if name in data.files:
-                    images = data[name]
-                    break
-            else:
-                raise UserError(f"{path} holds no array called image, images or arr_0.")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is no .npz of images, or damaged ({error}).") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
-        raise UserError(
-            f"The images of {path} must be uint8 [N, H, W, 1 or 3], and are {images.dtype} {list(images.shape)}."
-        )
-    return images
-
-
 def open_reference(
     path: Path, kind: str | None, weights: Path | None, shape: tuple[int, int, int]
 ) -> tuple[Reference, Extractor]:
@@ -293,7 +201,7 @@ def extract_all(
     for start in missing:
         features, logits = maker(images.make(start))
         check_finite(features)
-        _write_npz(pieces / f"{start:09d}.npz", {"features": features} | ({} if logits is None else {"logits": logits}))
+        save_npz(pieces / f"{start:09d}.npz", {"features": features} | ({} if logits is None else {"logits": logits}))
         done += len(features)
         progress.advance(total - left + done)
         progress.report(done / (time.monotonic() - began))
@@ -338,15 +246,7 @@ def versions() -> dict[str, str]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    temporary = path.with_name(f".{path.name}.part.npz")
-    np.savez(temporary, **arrays)  # type: ignore[arg-type]
-    temporary.replace(path)
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 # --- fdm evaluate ref, fit-classifier, convert-inception ---

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdm_jax.errors import UserError
+from fdm_jax.whole_files import write_whole
 
 if TYPE_CHECKING:
     from fdm_jax.experiment import Experiment
@@ -46,15 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     runs = read_runs(args.workdir, args.sweep)
     content = page(runs, datetime.datetime.now().astimezone()).encode("utf-8", "replace")
-    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
-    try:
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(args.out)
-        finally:
-            temporary.unlink(missing_ok=True)  # there only if something went wrong
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error.strerror or error}.") from error
+    write_whole(args.out, lambda temporary: temporary.write_bytes(content))
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     print(f"{args.out}: {count}, {len(content) / 1e6:.1f} MB; open it in a browser.")
     return 0

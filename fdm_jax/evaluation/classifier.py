@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from fdm_jax.errors import UserError
 from fdm_jax.evaluation.weights import sha256
+from fdm_jax.whole_files import write_whole
 
 FORMAT = "fdm_jax classifier 1"
 WIDTH = 64  # of the features
@@ -132,15 +133,8 @@ def save(classifier: Classifier, path: Path) -> None:
     """
     fields = {f.name: getattr(classifier, f.name) for f in dataclasses.fields(classifier) if f.name != "params"}
     tensors = {"/".join(name): np.asarray(value) for name, value in flatten_dict(classifier.params).items()}
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.numpy.save_file(tensors, temporary, metadata={"format": FORMAT, "classifier": json.dumps(fields)})
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    metadata = {"format": FORMAT, "classifier": json.dumps(fields)}
+    write_whole(path, lambda temporary: safetensors.numpy.save_file(tensors, temporary, metadata=metadata))
 
 
 def load(path: Path) -> Classifier:

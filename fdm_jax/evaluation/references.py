@@ -17,6 +17,7 @@ import numpy as np
 from fdm_jax.errors import UserError
 from fdm_jax.evaluation.extractors import Extractor
 from fdm_jax.evaluation.weights import sha256
+from fdm_jax.whole_files import save_npz
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +47,7 @@ def save_reference(reference: Reference, path: Path) -> None:
     arrays = {"mu": reference.mu, "sigma": reference.sigma, "description": np.array(json.dumps(reference.description))}
     if reference.features is not None:
         arrays["features"] = reference.features
-    temporary = path.with_name(f".{path.name}.part.npz")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_npz(path, arrays)
 
 
 def load_reference(path: Path) -> Reference:

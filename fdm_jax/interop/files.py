@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fdm_jax.interop.snapshots import import_torch
 from fdm_jax.interop.state_dict import from_torch, to_torch
 from fdm_jax.networks.song_unet import PRESETS
 from fdm_jax.training.checkpoints import Checkpoints
+from fdm_jax.whole_files import write_whole
 
 FORMATS = {"safetensors": ".safetensors", "torch": ".pt"}
 _FORMAT = "fdm_jax model, version 1"
@@ -60,7 +60,7 @@ def import_model(path: Path, workdir: Path) -> Model:
     meta = {"config": model.config, "imported": path.name}
     checkpoints.save_model(0, dict(model.variables), meta)
     checkpoints.close()
-    _write(
+    write_whole(
         workdir / "config.json", lambda file: file.write_text(json.dumps(model.config, indent=2, sort_keys=True) + "\n")
     )
     return model
@@ -98,8 +98,8 @@ def export_model(workdir: Path, path: Path, kind: str, step: int | None = None) 
         "preconditioning": original_preconditioning(model),
         "config": model.config,
     }
-    _write(path, lambda file: _save_torch(state, file) if kind == "torch" else _save_safetensors(state, file))
-    _write(beside, lambda file: file.write_text(json.dumps(description, indent=2) + "\n"))
+    write_whole(path, lambda file: _save_torch(state, file) if kind == "torch" else _save_safetensors(state, file))
+    write_whole(beside, lambda file: file.write_text(json.dumps(description, indent=2) + "\n"))
     return description
 
 
@@ -162,16 +162,3 @@ def _load_torch(path: Path) -> Mapping[str, np.ndarray]:
 def _save_torch(state: Mapping[str, np.ndarray], path: Path) -> None:
     torch = import_torch("write a .pt file")
     torch.save({name: torch.from_numpy(np.array(value)) for name, value in state.items()}, path)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets ``write`` fill a file beside the final one, then renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)  # there only if something went wrong
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error

@@ -405,9 +405,7 @@ def test_damaged_files(file, content, tmp_path, capsys):
 def test_a_page_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     run, out = write_run(tmp_path / "run", evaluated=False), tmp_path / "r.html"
     out.write_text("before")
-    monkeypatch.setattr(
-        "pathlib.Path.replace", lambda self, target: (_ for _ in ()).throw(PermissionError(13, "denied"))
-    )
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied")))
     assert "cannot be written: denied" in refused(capsys, f"--workdir={run}", f"--out={out}")
     assert out.read_text() == "before" and sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "run"]
 

@@ -225,7 +225,7 @@ def test_bad_input(imported, tmp_path, capsys):
 def test_import_that_was_stopped_begins_anew(tmp_path, monkeypatch):
     workdir = tmp_path / "w"
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_write", lambda *_: 1 / 0)  # between the checkpoint and config.json
+        patch.setattr(files, "write_whole", lambda *_: 1 / 0)  # between the checkpoint and config.json
         with pytest.raises(ZeroDivisionError):
             files.import_model(SNAPSHOT, workdir)
     assert (workdir / "checkpoints" / "0").exists() and not (workdir / "config.json").exists()
