@@ -52,14 +52,14 @@ def test_golden_dpm_solver(golden, kind, steps, denoise):
     with enable_x64():
         out = run(calls, mixture_denoiser(data, kind), jnp.asarray(data["latents"]), 80.0)
     scale = np.abs(data[f"{prefix}/out"]).max()
-    np.testing.assert_allclose(out, data[f"{prefix}/out"], atol=2e-6 * scale)
+    np.testing.assert_allclose(out, data[f"{prefix}/out"], atol=1e-6 * scale)
     # And in the range of the family, with other limits.
     if steps == 25 and denoise:
         with enable_x64():
             calls = make_calls("dpmpp", 25, lambda points: log_snr_sigmas(points, 0.01, 20.0))
             out = run(calls, mixture_denoiser(data, kind), jnp.asarray(data["latents"]), 20.0)
         expected = data[f"dpm/{kind}_inf_steps25_smin0.01_smax20/out"]
-        np.testing.assert_allclose(out, expected, atol=2e-6 * np.abs(expected).max())
+        np.testing.assert_allclose(out, expected, atol=1e-6 * np.abs(expected).max())
 
 
 # --- Orders and evaluations ---

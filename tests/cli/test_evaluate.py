@@ -4,12 +4,14 @@ import json
 import socket
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 from cli.conftest import start
 from encoded import png
 
 from fdm_jax.cli.main import main
+from fdm_jax.evaluation import classifier
 from fdm_jax.evaluation.frechet import frechet_distance
 from fdm_jax.evaluation.moments import moments
 
@@ -161,6 +163,20 @@ def test_another_evaluation_in_the_folder(measured, place, capsys):
     out, arguments = measured
     assert evaluate(place, *arguments, "--first-seed=7") == 2
     assert "holds an evaluation with another first_seed" in capsys.readouterr().err
+
+
+def test_features_that_are_not_finite(tmp_path, capsys):
+    """A damaged extractor is found at the first piece, and nothing is called a result."""
+    shape = (8, 8, 1)
+    params = classifier.Network(3).init(jax.random.key(0), np.zeros((1, *shape), np.uint8))["params"]
+    params = jax.tree.map(lambda value: np.full_like(value, np.nan), params)
+    classifier.save(classifier.Classifier(3, shape, "none", 0.5, params), tmp_path / "c.safetensors")
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(classifier.WIDTH), sigma=np.eye(classifier.WIDTH))
+    np.savez(tmp_path / "images.npz", image=RNG.integers(0, 256, (20, *shape), np.uint8))
+    extractor = ["--extractor=classifier", f"--weights={tmp_path}/c.safetensors"]
+    assert evaluate(tmp_path, f"--images={tmp_path}/images.npz", *extractor, f"--out={tmp_path}/out") == 2
+    assert "The features of 20 of 20 images are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "result.json").exists()
 
 
 @pytest.mark.slow
