@@ -308,7 +308,7 @@ def _write_curves(workdir: Path, rows: list[dict[str, Any]]) -> None:
         points = [(row["nimg"], row[key]) for row in rows if row.get(key) is not None]
         if len(points) > 1:
             nimg, values = zip(*points, strict=True)
-            pictures.curves_png(workdir / file, {label: (nimg, values)}, "images seen", label, logy=True)
+            pictures.curves_png(workdir / file, {label: (nimg, values)}, "images seen", label, logy=key == "loss")
 
 
 @contextlib.contextmanager
