@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         "match_original": args.match_original, "guidance": args.guidance, "guidance_interval": args.guidance_interval,
         "guide": str(args.guide.resolve()) if args.guide else None, "num": args.num if judge else None,
     } | ({} if judge is None else judge[1].describe() | {"ref_sha256": judge[0].checksum}))  # fmt: skip
+    if not record.rows:  # a solution without rows may be of other settings, whose record was deleted
+        (args.out / "reference.npy").unlink(missing_ok=True)
     exact = reference(args, model, seeds)
     done = {(row["solver"], row["grid"], row["nfe"]) for row in record.rows}
     for i, case in enumerate(cases, 1):

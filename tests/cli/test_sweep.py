@@ -71,6 +71,17 @@ def test_it_goes_on_where_it_was(folder, straight_run, monkeypatch):
     assert json.loads((out / "table.json").read_text()) == before
 
 
+def test_a_solution_of_other_settings_is_not_used(straight_run, tmp_path):
+    """The record is deleted, as the refusal advises; what lies beside it is of other seeds."""
+    arguments = ["--solvers=heun", "--nfe=5"]
+    assert sweep(straight_run, tmp_path, *arguments) == 0
+    before = np.load(tmp_path / "reference.npy")
+    assert sweep(straight_run, tmp_path, *arguments, "--seeds=10-19") == 2
+    (tmp_path / "results.jsonl").unlink()
+    assert sweep(straight_run, tmp_path, *arguments, "--seeds=10-19") == 0
+    assert (np.load(tmp_path / "reference.npy") != before).any()
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
