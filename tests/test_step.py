@@ -9,12 +9,13 @@ import optax
 import pytest
 from conftest import nhwc
 
+from fdm_jax.devices import make_mesh
 from fdm_jax.errors import UserError
 from fdm_jax.families import EDM
 from fdm_jax.interop.state_dict import from_torch
 from fdm_jax.momentum import Momentum
 from fdm_jax.networks import SongUNet
-from fdm_jax.training.parallel import make_mesh, parallelise
+from fdm_jax.training.parallel import parallelise
 from fdm_jax.training.schedules import ema_beta, learning_rate
 from fdm_jax.training.step import Draws, TrainSpec, TrainState, draw_for_examples, init_state, make_train_step, sanitise
 

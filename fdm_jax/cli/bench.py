@@ -128,7 +128,8 @@ def bench_training(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from fdm_jax import accounting
-    from fdm_jax.training.parallel import make_mesh, parallelise
+    from fdm_jax.devices import make_mesh
+    from fdm_jax.training.parallel import parallelise
     from fdm_jax.training.step import init_state, make_train_step
 
     network, spec = case.network, case.spec
@@ -160,8 +161,8 @@ def bench_sampling(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from fdm_jax import accounting
+    from fdm_jax.devices import make_mesh, replicated, sharded
     from fdm_jax.sampling.generate import make_generate_fn
-    from fdm_jax.training.parallel import make_mesh, replicated, sharded
     from fdm_jax.training.step import init_state
 
     mesh, spec = make_mesh(), case.spec

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import fcntl
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,14 +19,16 @@ from fdm_jax import pictures
 from fdm_jax.data.pipeline import Batches, make_batches
 from fdm_jax.data.sources import Source
 from fdm_jax.defaults import to_json
-from fdm_jax.errors import UserError
+from fdm_jax.devices import make_mesh
+from fdm_jax.errors import RestartNeeded, UserError
 from fdm_jax.experiment import Experiment, differing_fields
 from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
 from fdm_jax.training.checkpoints import Checkpoints, check_alike
 from fdm_jax.training.evaluating import Evaluator
-from fdm_jax.training.parallel import make_mesh, parallelise, replicated
+from fdm_jax.training.parallel import parallelise
 from fdm_jax.training.step import TrainState, init_state, make_train_step
+from fdm_jax.training.stopping import stop_requests
 from fdm_jax.training.writers import Writers, write_text
 
 # Steps sent to the devices before the metrics of the first are waited for: keeps them busy, bounds the queue.
@@ -46,10 +47,13 @@ def train(experiment: Experiment, source: Source, workdir: Path) -> bool:
       source: the data.
       workdir: made if it is not there.
 
+    Several processes call it alike, with a workdir that all of them see.
+
     Returns:
       True if the run is complete; False if a signal (SIGTERM, Ctrl-C) ended it early, saved.
 
     Raises:
+      RestartNeeded: one of several processes was told to end; the run is saved.
       UserError: the workdir is in use or belongs to another configuration, the batch cannot be dealt to the
         devices, or the gradients were not finite too often in a row.
     """
@@ -117,15 +121,20 @@ class _Run:
             write_text(self.workdir / "config.json", to_json(self.config))
 
     def _initial_state(self) -> TrainState:
-        """From the newest checkpoint, or fresh; replicated over the mesh."""
-        whole = replicated(self.mesh)
+        """From the newest checkpoint, or fresh; canonical."""
+
+        def fresh() -> TrainState:
+            return init_state(self.experiment.network, self.experiment.spec, self.experiment.image_shape)
+
+        shapes = jax.eval_shape(fresh)
+        shardings = self.parallel.state_sharding(shapes)
         init = jax.jit(
-            lambda: init_state(self.experiment.network, self.experiment.spec, self.experiment.image_shape),
-            out_shardings=whole,
+            fresh,
+            out_shardings=shardings,
             # Run once: LLVM's optimisations would take three times as long as they save.
             compiler_options={"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None,
         )
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), jax.eval_shape(init))
+        like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
         restored = self.checkpoints.restore(like)
         if restored is None:
             state = init()
@@ -153,7 +162,10 @@ class _Run:
         # Computed, not put: what is put on a device may share memory with where it came from, and the first step gives
         # both parameters and average away.
         host = jax.tree.map(np.asarray, variables)
-        copies = jax.jit(lambda v: jax.tree.map(jnp.copy, (v, v["params"])), out_shardings=replicated(self.mesh))
+        shardings = jax.tree.map(lambda a: a.sharding, {"params": state.params, **state.constants})
+        copies = jax.jit(
+            lambda v: jax.tree.map(jnp.copy, (v, v["params"])), out_shardings=(shardings, shardings["params"])
+        )
         own, ema = copies(host)
         return state.replace(params=own.pop("params"), ema=ema, constants=own)
 
@@ -188,13 +200,14 @@ class _Run:
                         f"high; the newest checkpoint is of step {max(self.checkpoints.steps(), default=0)}."
                     )
 
-        with _stop_signal() as stop, contextlib.ExitStack() as closing:
+        with stop_requests() as stop, self._closing() as closing:
             closing.callback(self.checkpoints.close)
             closing.callback(self.batches.close)
             closing.callback(progress.close)
             if writers is not None:
                 closing.callback(writers.close)
-            while step < self.total_steps and not stop:
+            stopping = False
+            while step < self.total_steps and not stopping:
                 device_state, metrics = parallel.step(device_state, self._next_batch(self.total_steps - step))
                 step += 1
                 nimg = step * self.batch_size
@@ -206,7 +219,8 @@ class _Run:
                 fetch(STEPS_IN_FLIGHT)
                 progress.advance(nimg)
                 last = step == self.total_steps
-                if step % log_steps == 0 or last or stop:
+                stopping = stop.after(step)
+                if step % log_steps == 0 or last or stopping:
                     fetch(0)
                     now = time.monotonic()
                     row = _summary(step, nimg, rows)
@@ -220,10 +234,10 @@ class _Run:
                     tick = now
                 # Before the checkpoint: after a crash between the two, the run goes on from before both.
                 figure = None
-                if eval_steps and (step % eval_steps == 0 or last) and not stop:
+                if eval_steps and (step % eval_steps == 0 or last) and not stopping:
                     fetch(0)
                     began = time.monotonic()
-                    if figures := self._evaluate(parallel.get_state(device_state), lambda: bool(stop)):
+                    if figures := self._evaluate(parallel.get_state(device_state), stop.now):
                         assert self.evaluator is not None
                         figure = figures[self.evaluator.ranks_by]
                         figures["seconds"] = seconds_before + time.monotonic() - self.began
@@ -231,23 +245,34 @@ class _Run:
                             writers.scalars({"step": step, "nimg": nimg} | figures)
                         progress.say(f"{nimg:>11,} images: {_in_words(figures)}")
                     tick += time.monotonic() - began
-                if step % self.checkpoint_steps == 0 or last or figure is not None:
+                if step % self.checkpoint_steps == 0 or last or stopping or figure is not None:
                     fetch(0)
                     self._save(step, parallel.get_state(device_state), figure)
                     tick = time.monotonic() if not rows else tick
-                if sample_steps and (step % sample_steps == 0 or last):
+                if sample_steps and (step % sample_steps == 0 or last) and not stopping:
                     began = time.monotonic()
                     self._write_samples(parallel.get_state(device_state), nimg, writers)
                     tick += time.monotonic() - began
-            if stop:
-                fetch(0)
-                self._save(step, parallel.get_state(device_state))
             self.checkpoints.wait()
             if writers is not None:
                 _write_curves(self.workdir, writers.rows)
-            if stop and step < self.total_steps:
-                progress.say(f"Stopped by {stop[0]} at step {step:,}, saved; the same command goes on from here.")
+            if step < self.total_steps:
+                sentence = f"Stopped by {stop.reason} at step {step:,}, saved; the same command goes on from here."
+                if stop.preempted:
+                    raise RestartNeeded(sentence)
+                progress.say(sentence)
         return step >= self.total_steps
+
+    @contextlib.contextmanager
+    def _closing(self) -> Iterator[contextlib.ExitStack]:
+        """A stack of what is to be closed, but not after another process was lost: to close would be to wait for it."""
+        with contextlib.ExitStack() as stack:
+            try:
+                yield stack
+            except jax.errors.JaxRuntimeError:
+                if jax.process_count() > 1:
+                    stack.pop_all()
+                raise
 
     def _next_batch(self, remaining: int) -> Any:
         """A batch on the devices; the transfer of those after it is begun, so that it runs beside the step."""
@@ -328,26 +353,3 @@ def _locked(workdir: Path) -> Iterator[None]:
                     f"Another process is training in {workdir}: stop it, or give another --workdir."
                 ) from None
         yield
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[list[str]]:
-    """A list that is empty until SIGTERM or Ctrl-C comes; a second one acts as usual."""
-    received: list[str] = []
-    before: dict[signal.Signals, Any] = {}
-
-    def note(number: int, frame: Any) -> None:
-        received.append(signal.Signals(number).name)
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-    try:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            before[signum] = signal.signal(signum, note)
-    except ValueError:  # not the main thread (a notebook's worker, a test): signals are not ours to take
-        before.clear()
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -1,6 +1,6 @@
-"""The train step on many devices: ``jax.jit`` over a mesh, or ``jax.pmap`` on request.
+"""The train step on many devices: data parallel by ``jax.jit`` or ``jax.pmap``, or with the state dealt out too.
 
-Both take and give the same canonical state (one logical copy), so checkpoints know nothing of devices.
+All take and give the same canonical state (one logical copy), so checkpoints know nothing of devices.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fdm_jax.devices import AXIS, replicated, sharded
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.training.step import Metrics, TrainState
 
-AXIS = "batch"
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+# Arrays of fewer elements are held whole by every device: to gather one costs more than it takes.
+LEAST_DEALT = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Parallel:
 
     Attributes:
       step: the compiled step; it consumes (donates) the state that it is given.
+      state_sharding: shapes of a canonical state -> where each of its arrays lies.
       put_state: canonical state -> what ``step`` takes.
       put_batch: this process's rows of a batch, NumPy arrays [B / processes, ...] -> what ``step`` takes.
       get_state: what ``step`` gives -> canonical state.
@@ -33,37 +37,73 @@ class Parallel:
     """
 
     step: Step
+    state_sharding: Callable[[Any], Any]
     put_state: Callable[[TrainState], Any]
     put_batch: Callable[[Mapping[str, np.ndarray]], Any]
     get_state: Callable[[Any], TrainState]
     get_metrics: Callable[[Any], Metrics]
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """All devices along the one axis "batch"."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def sharded(mesh: Mesh) -> NamedSharding:
-    """Rows are dealt to the devices in order."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
-
-
 def jit_over_mesh(make_step: Callable[[str | None], Step], mesh: Mesh) -> Parallel:
-    """One program over the mesh: the batch sharded, the state replicated and donated."""
-    rows, whole = sharded(mesh), replicated(mesh)
-    step = jax.jit(make_step(None), in_shardings=(whole, rows), out_shardings=(whole, whole), donate_argnums=0)
+    """One program over the mesh: the batch dealt out, the state whole on every device.
 
-    def put_batch(batch: Mapping[str, np.ndarray]) -> Any:
-        return {key: jax.make_array_from_process_local_data(rows, value) for key, value in batch.items()}
+    Each device works on its own rows, and loss and gradients are summed over the devices once, after all rounds of
+    accumulation.  (Left to itself, XLA would sum them in every round.)
+    """
+    whole = replicated(mesh)
+    # Unchecked, since the step's own psum is what makes its results alike on all devices.
+    step = jax.shard_map(
+        make_step(AXIS), mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(AXIS)), out_specs=PartitionSpec(),
+        check_vma=False,
+    )  # fmt: skip
+    return Parallel(
+        step=jax.jit(step, donate_argnums=0),
+        state_sharding=lambda like: jax.tree.map(lambda _: whole, like),
+        put_state=lambda state: jax.device_put(state, whole),
+        put_batch=_put_rows(mesh),
+        get_state=lambda state: state,
+        get_metrics=lambda metrics: metrics,
+    )
 
-    return Parallel(step, lambda state: jax.device_put(state, whole), put_batch, lambda s: s, lambda m: m)
+
+def fsdp_over_mesh(make_step: Callable[[str | None], Step], mesh: Mesh) -> Parallel:
+    """Parameters, average and optimiser are dealt to the devices too, for models that outgrow one (ZeRO, FSDP).
+
+    The program is written as for one device; XLA gathers a layer's parameters where they are needed, and scatters the
+    sums of their gradients.
+    """
+    step_of_one = make_step(None)
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        state, metrics = step_of_one(state, batch)
+        return jax.lax.with_sharding_constraint((state, metrics), (dealt(state, mesh), replicated(mesh)))
+
+    return Parallel(
+        step=jax.jit(step, donate_argnums=0),
+        state_sharding=lambda like: dealt(like, mesh),
+        put_state=lambda state: jax.device_put(state, dealt(state, mesh)),
+        put_batch=_put_rows(mesh),
+        get_state=lambda state: state,
+        get_metrics=lambda metrics: metrics,
+    )
+
+
+def dealt(tree: Any, mesh: Mesh) -> Any:
+    """Shardings that cut every large array along its longest axis that divides by the devices; the rest stays whole."""
+
+    def one(array: Any) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(array.shape) if size % mesh.size == 0]
+        if array.size < LEAST_DEALT or not axes:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: array.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, AXIS))
+
+    return jax.tree.map(one, tree)
+
+
+def _put_rows(mesh: Mesh) -> Callable[[Mapping[str, np.ndarray]], Any]:
+    rows = sharded(mesh)
+    return lambda batch: {key: jax.make_array_from_process_local_data(rows, value) for key, value in batch.items()}
 
 
 def pmap_over_devices(make_step: Callable[[str | None], Step], mesh: Mesh) -> Parallel:
@@ -91,17 +131,25 @@ def pmap_over_devices(make_step: Callable[[str | None], Step], mesh: Mesh) -> Pa
     def first(tree: Any) -> Any:
         return jax.tree.map(lambda a: a[0], tree)
 
-    return Parallel(step, put_state, put_batch, lambda s: jax.device_put(first(s), replicated(mesh)), first)
+    return Parallel(
+        step=step,
+        state_sharding=lambda like: jax.tree.map(lambda _: replicated(mesh), like),
+        put_state=put_state,
+        put_batch=put_batch,
+        get_state=lambda state: jax.device_put(first(state), replicated(mesh)),
+        get_metrics=first,
+    )
 
 
 MODES: dict[str, Callable[[Callable[[str | None], Step], Mesh], Parallel]] = {
     "jit": jit_over_mesh,
+    "fsdp": fsdp_over_mesh,
     "pmap": pmap_over_devices,
 }
 
 
 def parallelise(mode: str, make_step: Callable[[str | None], Step], mesh: Mesh) -> Parallel:
-    """Run ``make_step(axis_name)`` on the mesh's devices in the given mode, "jit" or "pmap".
+    """Run ``make_step(axis_name)`` on the mesh's devices in the given mode, "jit", "fsdp" or "pmap".
 
     Raises:
       UserError: an unknown mode.
