@@ -31,8 +31,8 @@ from fdm_jax.training.step import TrainState, init_state, make_train_step
 from fdm_jax.training.stopping import stop_requests
 from fdm_jax.training.writers import Writers, write_text
 
-# Steps sent to the devices before the metrics of the first are waited for: keeps them busy, bounds the queue.
-STEPS_IN_FLIGHT = 4
+# Programs sent to the devices before the metrics of the first are waited for: keeps them busy, bounds the queue.
+PROGRAMS_IN_FLIGHT = 4
 
 
 def train(experiment: Experiment, source: Source, workdir: Path) -> bool:
@@ -77,6 +77,7 @@ class _Run:
             self.mesh,
         )
         self.total_steps = -(-self.config.train.images // self.batch_size)
+        self.at_once = self.config.train.steps_at_once
         self.checkpoint_steps = self._steps(self.config.checkpoint.every_images)
         keep = round(self.config.checkpoint.keep_every_images / self.batch_size / self.checkpoint_steps)
         self.checkpoints = Checkpoints(
@@ -96,12 +97,13 @@ class _Run:
             num_threads=self.config.data.threads,
             num_workers=self.config.data.workers,
         )
-        self.placed: collections.deque[Any] = collections.deque()  # batches on the devices, not used yet
+        # Batches on the devices, not used yet: how many together, and they.
+        self.placed: collections.deque[tuple[int, Any]] = collections.deque()
         self.generator: BatchedGenerator | None = None
 
     def _steps(self, images: int) -> int:
-        """An interval in images as the nearest number of whole steps."""
-        return max(round(images / self.batch_size), 1)
+        """An interval in images as the nearest number of whole programs, in steps."""
+        return max(round(images / self.batch_size / self.at_once), 1) * self.at_once
 
     def _check_config(self) -> None:
         meta = self.checkpoints.latest_meta()
@@ -189,15 +191,18 @@ class _Run:
         tick = time.monotonic()
 
         def fetch(most: int) -> None:
-            """Wait for metrics until at most so many steps are in flight."""
+            """Wait for metrics until at most so many programs are in flight."""
             while len(pending) > most:
-                row = {k: float(v) for k, v in jax.device_get(parallel.get_metrics(pending.popleft())).items()}
-                rows.append(row)
-                if row["bad_steps"] >= self.config.train.max_bad_steps:
+                fetched = jax.device_get(parallel.get_metrics(pending.popleft()))
+                columns = {key: np.atleast_1d(value).tolist() for key, value in fetched.items()}
+                for values in zip(*columns.values(), strict=True):
+                    rows.append(dict(zip(columns, map(float, values), strict=True)))
+                bad_steps = int(rows[-1]["bad_steps"])
+                if bad_steps >= self.config.train.max_bad_steps:
                     raise UserError(
-                        f"The gradients were not finite in {int(row['bad_steps'])} steps in a row, up to step "
-                        f"{step - len(pending)}: train.learning_rate ({self.config.train.learning_rate}) may be too "
-                        f"high; the newest checkpoint is of step {max(self.checkpoints.steps(), default=0)}."
+                        f"The gradients were not finite in {bad_steps} steps in a row: train.learning_rate "
+                        f"({self.config.train.learning_rate}) may be too high; the newest checkpoint is of step "
+                        f"{max(self.checkpoints.steps(), default=0)}."
                     )
 
         with stop_requests() as stop, self._closing() as closing:
@@ -206,25 +211,28 @@ class _Run:
             closing.callback(progress.close)
             if writers is not None:
                 closing.callback(writers.close)
-            stopping = False
+            stopping, programs, warm_from = False, 0, first_step
             while step < self.total_steps and not stopping:
-                device_state, metrics = parallel.step(device_state, self._next_batch(self.total_steps - step))
-                step += 1
+                count, batch = self._next_batches(step)
+                device_state, metrics = (parallel.step if count == 1 else parallel.steps)(device_state, batch)
+                programs += 1
+                step += count
                 nimg = step * self.batch_size
                 pending.append(metrics)
-                if step == first_step + 1:
+                if programs == 1:
                     fetch(0)
+                    warm_from = step
                     progress.say(f"First step done {time.monotonic() - self.began:.1f} s after the start.")
                     tick = time.monotonic()  # compilation is not training speed
-                fetch(STEPS_IN_FLIGHT)
+                fetch(PROGRAMS_IN_FLIGHT)
                 progress.advance(nimg)
                 last = step == self.total_steps
-                stopping = stop.after(step)
+                stopping = stop.after(programs)
                 if step % log_steps == 0 or last or stopping:
                     fetch(0)
                     now = time.monotonic()
                     row = _summary(step, nimg, rows)
-                    counted = len(rows) - (1 if step - len(rows) == first_step else 0)
+                    counted = step - max(step - len(rows), warm_from)
                     row["img_per_s"] = counted * self.batch_size / max(now - tick, 1e-9)
                     row["seconds"] = seconds_before + now - self.began
                     if writers is not None:
@@ -274,14 +282,28 @@ class _Run:
                     stack.pop_all()
                 raise
 
-    def _next_batch(self, remaining: int) -> Any:
-        """A batch on the devices; the transfer of those after it is begun, so that it runs beside the step."""
-        while len(self.placed) < min(1 + self.config.data.device_prefetch, remaining):
-            self.placed.append(self.parallel.put_batch(next(self.batches)))
+    def _unused(self) -> int:
+        """Batches that are on the devices before their time."""
+        return sum(count for count, _ in self.placed)
+
+    def _next_batches(self, step: int) -> tuple[int, Any]:
+        """(how many, they on the devices), after so many steps; the transfer of later ones is begun, to run beside the step.
+
+        Several at once begin at multiples of their number only, so that a run that was stopped in between is computed
+        by the same programs as one that was not.
+        """
+        while (
+            len(self.placed) <= self.config.data.device_prefetch and (ahead := step + self._unused()) < self.total_steps
+        ):
+            if self.at_once > 1 and ahead % self.at_once == 0 and ahead + self.at_once <= self.total_steps:
+                batches = [next(self.batches) for _ in range(self.at_once)]
+                self.placed.append((self.at_once, self.parallel.put_batches(batches)))
+            else:
+                self.placed.append((1, self.parallel.put_batch(next(self.batches))))
         return self.placed.popleft()
 
     def _save(self, step: int, state: TrainState, figure: float | None = None) -> None:
-        position = self.batches.get_state(unused=len(self.placed))
+        position = self.batches.get_state(unused=self._unused())
         self.checkpoints.save(step, state, {"config": self.config.to_dict(), "data": position}, figure)
 
     def _evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:

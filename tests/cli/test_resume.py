@@ -4,6 +4,7 @@ import signal
 import time
 
 import numpy as np
+import pytest
 import tiny
 from cli.conftest import assert_same_end, checkpoint, rows, start
 
@@ -55,6 +56,20 @@ def test_another_number_of_devices_continues_the_run(straight_run, data_dir, tmp
     straight, resumed = rows(straight_run), rows(tmp_path / "run")
     assert [r["step"] for r in resumed] == [r["step"] for r in straight]
     np.testing.assert_allclose([r["loss"] for r in resumed], [r["loss"] for r in straight], rtol=1e-4)
+
+
+def test_several_steps_as_one_program(straight_run, data_dir, tmp_path):
+    """The same curve; and stopped where a program of three would reach beyond, the same bits as without the stop."""
+    workdir, at_once = tmp_path / "run", ["--config.train.steps_at_once=3", "--config.log.every_images=48"]
+    assert main(tiny.arguments(workdir, data_dir, *at_once)) == 0
+    straight = {row["step"]: row["loss"] for row in rows(straight_run)}
+    losses = {row["step"]: row["loss"] for row in rows(workdir)}
+    assert list(losses) == [3, 6, 9, 12, 15, 18, 20]
+    first = [np.mean([run[step] for step in steps]) for run, steps in ((losses, (3, 6, 9, 12)), (straight, (4, 8, 12)))]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+    for images in (16 * 9, 16 * 18, 320):
+        assert main(tiny.arguments(tmp_path / "stopped", data_dir, *at_once, f"--config.train.images={images}")) == 0
+    assert_same_end(tmp_path / "stopped", workdir, 20)
 
 
 def test_pmap_continues_what_jit_began(straight_run, data_dir, tmp_path):
