@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import signal
+import sys
 from collections.abc import Iterator
+from typing import Any
 
-from fdm_jax.errors import RestartNeeded, UserError
+from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError
 
 
 def add_distributed_argument(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +22,13 @@ def add_distributed_argument(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def joined(how: str) -> Iterator[None]:
+def joined(how: str, *, leave_on_sigterm: bool = False) -> Iterator[None]:
     """Join the other processes, and part from them in good order; before anything else is done with JAX.
+
+    Args:
+      how: the argument.
+      leave_on_sigterm: for work that is kept piece by piece: end at once on SIGTERM, which JAX would else keep to itself
+        for those who ask its service.
 
     Raises:
       UserError: ``how`` cannot be read, or the others do not come.
@@ -31,6 +40,8 @@ def joined(how: str) -> Iterator[None]:
     import jax
 
     _initialise(how)
+    if leave_on_sigterm:
+        signal.signal(signal.SIGTERM, _leave)
     try:
         yield
     except RestartNeeded as error:
@@ -43,6 +54,11 @@ def joined(how: str) -> Iterator[None]:
         raise
     else:
         jax.distributed.shutdown()
+
+
+def _leave(number: int, frame: Any) -> None:
+    print("fdm: stopped by SIGTERM; the same command goes on from here.", file=sys.stderr, flush=True)
+    os._exit(RESTART_CODE)  # at once: the others may never come to where processes part
 
 
 def wait_for_all(what: str) -> None:
@@ -72,18 +88,24 @@ def lost_another(error: Exception) -> bool:
 def _initialise(how: str) -> None:
     import jax
 
+    arguments: tuple[str, int, int] | tuple[()] = ()
+    if how != "auto":
+        try:
+            address, count, index = how.split(",")
+            if not (0 <= int(index) < int(count) and address.rpartition(":")[2].isdecimal()):
+                raise ValueError
+        except ValueError as error:
+            raise UserError(
+                "--distributed must be off, auto (where JAX knows the cluster) or HOST:PORT,N,I with I from 0 to N - 1, and "
+                f"is {how!r}."
+            ) from error
+        arguments = (address, int(count), int(index))
     try:
+        jax.distributed.initialize(*arguments)
+    except (ValueError, RuntimeError) as error:
         if how == "auto":
-            jax.distributed.initialize()
-            return
-        address, count, index = how.split(",")
-        if not (0 <= int(index) < int(count) and address.rpartition(":")[2].isdecimal()):
-            raise ValueError
-        jax.distributed.initialize(address, int(count), int(index))
-    except ValueError as error:
-        raise UserError(
-            "--distributed must be off, auto (where JAX knows the cluster) or HOST:PORT,N,I with I from 0 to N - 1, and is "
-            f"{how!r}."
-        ) from error
-    except RuntimeError as error:
+            raise UserError(
+                f"--distributed=auto found no cluster that JAX knows, such as a TPU pod or Slurm ({error}): give "
+                "HOST:PORT,N,I, or leave it out."
+            ) from error
         raise UserError(f"The processes of --distributed={how} did not find each other: {error}") from error

@@ -124,7 +124,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.bootstrap < 0:
         raise UserError(f"--bootstrap must be 0 or more, and is {args.bootstrap}.")
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
-    with joined(args.distributed):
+    with joined(args.distributed, leave_on_sigterm=True):
         return _evaluate(args)
 
 

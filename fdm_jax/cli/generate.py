@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
-    with joined(args.distributed):
+    with joined(args.distributed, leave_on_sigterm=True):
         _generate(args, seeds)
     return 0
 

@@ -73,6 +73,23 @@ def test_generated_by_two_processes(straight_run, tmp_path):
     assert np.abs(one - two).max() <= 1 and one.std() > 10
 
 
+def test_generation_that_is_told_to_end(straight_run, tmp_path):
+    """Both keep what they made; the same command, in one process, makes the rest."""
+    more = ["generate", f"--workdir={straight_run}", f"--out={tmp_path}/all", "--steps=3", "--batch=2"]
+    processes = start_all([*more, "--seeds=0-999"], 2)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("all/*.png")):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    said = finish(processes, [RESTART_CODE] * 2)
+    assert all("stopped by SIGTERM" in text for text in said)
+    made = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("all/*.png")}
+    assert 0 < len(made) < 1000 and main([*more, "--seeds=0-15"]) == 0
+    assert all((tmp_path / "all" / name).stat().st_mtime_ns == at for name, at in made.items())
+
+
 def test_samples_and_evaluation_of_a_run_in_two_processes(data_dir, tmp_path):
     """What the loop does beside training, against one process, with the state dealt out."""
     more = ["--config.samples.every_images=64", "--config.samples.rows=1", "--config.samples.steps=3",

@@ -18,6 +18,11 @@ MORE = [
 ]  # fmt: skip
 
 
+def seen(workdir):
+    """The steps that it reports."""
+    return [row["step"] for row in rows(workdir)] if (workdir / "metrics.jsonl").exists() else []
+
+
 @pytest.mark.slow
 def test_a_storm_of_kills(data_dir, tmp_path):
     """Data order, losses, figures and parameters equal the undisturbed run's, bit for bit."""
@@ -28,16 +33,15 @@ def test_a_storm_of_kills(data_dir, tmp_path):
     while len(moments) < KILLS:
         process = start(tiny.arguments(stormy, data_dir, *MORE), DEVICES)
         if rng.random() < 0.8:  # some come before the first step
-            seen = len(rows(stormy)) if (stormy / "metrics.jsonl").exists() else 0
-            deadline = time.monotonic() + 240
-            while not (stormy / "metrics.jsonl").exists() or len(rows(stormy)) == seen:
+            before, deadline = seen(stormy), time.monotonic() + 240
+            while seen(stormy) == before:
                 assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
                 time.sleep(0.01)
         time.sleep(rng.exponential(0.5))
         process.send_signal(signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL)
         out, _ = process.communicate(timeout=240)
         assert process.returncode in (0, -signal.SIGTERM, -signal.SIGKILL), out
-        moments.append(rows(stormy)[-1]["step"] if (stormy / "metrics.jsonl").exists() else 0)
+        moments.append(max(seen(stormy), default=0))
         assert moments[-1] < STEPS, f"the run is too short for {KILLS} kills: {moments}"
     print("steps at which it was ended:", moments)
     process = start(tiny.arguments(stormy, data_dir, *MORE), DEVICES)
