@@ -146,7 +146,9 @@ def test_those_that_do_not_stop_are_killed(local):
 
 
 def test_crashes_are_bounded(local):
-    done = local.run("local", "--processes=2", "--max-restarts=2", *local.fast, "--", "train", "0:sleep=30", "1:exit=1")
+    done = local.run(
+        "local", "--processes=2", "--max-restarts=2", *local.fast, "--", "train", "0:sleep=30", "1:together", "1:exit=1"
+    )
     assert done.returncode == 1 and local.starts(0) == local.starts(1) == 3
     assert "starting again in 0.2 s: restart 2 of at most 2." in done.stderr
     assert "not started again: it crashed 3 times, and --max-restarts is 2." in done.stderr
