@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from common import (
     DONE,
@@ -151,7 +152,7 @@ class Pod:
 
     def setup_commands(self, commit: str) -> list[list[str]]:
         """Copy this repository at a commit, and install."""
-        archive = REPOSITORY / "build" / f"fdm_jax-{commit}.tar.gz"
+        archive = Path.home() / ".cache" / "fdm_jax" / "launch" / f"fdm_jax-{commit}.tar.gz"
         unpack = f"mkdir -p fdm_jax && tar -xzf {archive.name} -C fdm_jax"
         return [
             ["mkdir", "-p", str(archive.parent)],

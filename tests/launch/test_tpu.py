@@ -163,7 +163,7 @@ def test_commands_of_a_dry_run(pod):
     done = pod.run("tpu", "train", "--dry-run", *SLICE, "--project=mine", "--spot", *TRAIN)
     place = "my-pod --zone=us-central2-b --project=mine"
     queued, vm = "gcloud compute tpus queued-resources", "gcloud compute tpus tpu-vm"
-    build, worker = f"{pod.root}/build", "bash fdm_jax/launch/tpu_worker.sh"
+    build, worker = f"{pod.folder}/.cache/fdm_jax/launch", "bash fdm_jax/launch/tpu_worker.sh"
     lines = done.stdout.splitlines()
     key = lines[6].split(" start ")[1].split()[0]
     assert lines == [
