@@ -50,15 +50,15 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.
     return made.parse_args(argv[:cut]), argv[cut + 1 :]
 
 
-def need_command(command: Sequence[str]) -> None:
+def need_command(command: Sequence[str], adds_distributed: bool = True) -> None:
     """Raises:
-    Refusal: there is no fdm command after ``--``, or it says --distributed itself.
+    Refusal: there is no fdm command after ``--``, or it says --distributed itself where the launcher does.
     """
     if not command or command[0].startswith("-"):
         raise Refusal(
             "The fdm command comes after --, as in: -- train --config=configs/edm.py:cifar10 --workdir=runs/cifar10"
         )
-    if option(command, "distributed") is not None:
+    if adds_distributed and option(command, "distributed") is not None:
         raise Refusal("Leave --distributed out of the fdm command: the launcher adds the one that fits.")
 
 
