@@ -12,6 +12,7 @@ data sets prepared into the folder of --data are found by their names.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 from collections.abc import Sequence
@@ -52,18 +53,18 @@ def main(argv: Sequence[str]) -> int:
     return DONE
 
 
-def build_command(args, extra: str, tag: str) -> list[str]:
+def build_command(args: argparse.Namespace, extra: str, tag: str) -> list[str]:
     """Make the image from this repository; .dockerignore lists what of it is seen."""
     dockerfile = REPOSITORY / "launch" / f"Dockerfile.{args.target}"
     return [args.engine, "build", f"--file={dockerfile}", f"--build-arg=EXTRA={extra}", f"--tag={tag}", str(REPOSITORY)]
 
 
-def folders(args) -> tuple[Path, Path]:
+def folders(args: argparse.Namespace) -> tuple[Path, Path]:
     """Runs and data on this machine."""
     return Path(args.runs).expanduser().absolute(), Path(args.data).expanduser().absolute()
 
 
-def run_command(args, tag: str, command: Sequence[str]) -> list[str]:
+def run_command(args: argparse.Namespace, tag: str, command: Sequence[str]) -> list[str]:
     """Run the fdm command in the image.
 
     Raises:
@@ -83,7 +84,7 @@ def run_command(args, tag: str, command: Sequence[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def devices(args) -> list[str]:
+def devices(args: argparse.Namespace) -> list[str]:
     """How the engine is asked for the accelerators."""
     if args.target == "tpu":
         return ["--privileged"]  # as Google's pages ask for; there is no finer way to the chips

@@ -16,6 +16,7 @@ Lines of the first process appear as they are, those of process I with [I] in fr
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import signal
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from common import (
     DONE,
@@ -93,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
             return code
 
 
-def count_processes(args) -> int:
+def count_processes(args: argparse.Namespace) -> int:
     """How many processes these arguments ask for.
 
     Raises:
@@ -114,7 +115,7 @@ def count_processes(args) -> int:
     return processes
 
 
-def environment(index: int, args) -> dict[str, str]:
+def environment(index: int, args: argparse.Namespace) -> dict[str, str]:
     """What process ``index`` gets on top of the launcher's environment."""
     if args.devices_per_process is not None:
         flag = f"--xla_force_host_platform_device_count={args.devices_per_process}"
@@ -142,7 +143,8 @@ class Group:
     """
 
     def __init__(self, grace: float):
-        self._grace, self._children, self.told = grace, [], False
+        self._grace, self.told = grace, False
+        self._children: list[subprocess.Popen[str]] = []
         for signum in FORWARDED:
             # Under nohup a hang-up is ignored, and stays so.
             if signal.getsignal(signum) != signal.SIG_IGN:
@@ -241,7 +243,7 @@ def words(code: int) -> str:
     return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
 
-def copy_lines(source, prefix: str) -> None:
+def copy_lines(source: Iterable[str], prefix: str) -> None:
     """From a process to standard output, each with a prefix."""
     for line in source:
         sys.stdout.write(prefix + line if line.endswith("\n") else f"{prefix}{line}\n")

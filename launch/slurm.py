@@ -14,6 +14,7 @@ puts itself into the queue again.  So do preempted jobs.  `scancel --signal=INT 
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     return run(submit).returncode
 
 
-def script(args, command: Sequence[str]) -> str:
+def script(args: argparse.Namespace, command: Sequence[str]) -> str:
     """The batch script."""
     options = [
         f"--job-name={args.job_name}",

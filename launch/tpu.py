@@ -20,6 +20,7 @@ The other verbs are the single steps:
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import shlex
 import subprocess
@@ -108,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
     return pod.do(pod.create if args.verb == "create" else pod.delete)
 
 
-def need_runtime(args) -> None:
+def need_runtime(args: argparse.Namespace) -> None:
     """Fill in the runtime version.
 
     Raises:
@@ -127,7 +128,7 @@ def need_runtime(args) -> None:
 class Pod:
     """The commands for one slice."""
 
-    def __init__(self, args):
+    def __init__(self, args: argparse.Namespace):
         self.name, self._dry = args.name, args.dry_run
         place = [f"--zone={args.zone}", *([f"--project={args.project}"] if args.project else [])]
         queued, self._vm = ["gcloud", "compute", "tpus", "queued-resources"], ["gcloud", "compute", "tpus", "tpu-vm"]
@@ -222,7 +223,7 @@ def dry_train(pod: Pod, command: Sequence[str]) -> int:
 class Train:
     """Brings a slice from whatever state it is in to "the command has ended", looking again and again."""
 
-    def __init__(self, pod: Pod, command: Sequence[str], args):
+    def __init__(self, pod: Pod, command: Sequence[str], args: argparse.Namespace):
         self._pod, self._command, self._args = pod, command, args
         self._key, self._commit = key_of(command), current_commit()
         self._failures = 0  # of gcloud, in a row

@@ -52,7 +52,7 @@ find_python() {
       return
     fi
   done
-  python3 -m pip install --quiet --user "uv>=0.9,<1" >&2
+  PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user "uv>=0.9,<1" >&2 # newer images ask for the variable
   python3 -m uv python install --quiet 3.12 >&2
   python3 -m uv python find --managed-python 3.12
 }

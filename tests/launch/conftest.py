@@ -34,7 +34,7 @@ class Stage:
     def command(self, launcher, *arguments):
         return [sys.executable, "-S", str(ROOT / "launch" / f"{launcher}.py"), *map(str, arguments)]
 
-    def run(self, launcher, *arguments, timeout=60):
+    def run(self, launcher, *arguments, timeout=120):
         return subprocess.run(
             self.command(launcher, *arguments), cwd=self.folder, env=self.env, text=True, capture_output=True,
             timeout=timeout,

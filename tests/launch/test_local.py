@@ -21,7 +21,7 @@ def note(signum, frame):
     with open(stage / f"signals-{index}", "a") as file:
         file.write(signal.Signals(signum).name + "\n")
     if "stubborn" not in deeds:
-        time.sleep(0.2)
+        time.sleep(0.1)
         os._exit(75 if signum == signal.SIGTERM else 0)
 deeds = [word.partition(":")[2] for word in sys.argv if word.startswith(index + ":")]
 signal.signal(signal.SIGTERM, note)
@@ -171,11 +171,11 @@ def test_code_75_without_progress_ends(local):
 
 def test_code_75_with_progress_goes_on(local):
     (local.folder / "runs" / "checkpoints" / "tmp").mkdir(parents=True)
-    program = FDM.replace('"exit":', '"last":\n        os._exit(0 if attempt == 5 else 75)\n    elif name == "exit":')
+    program = FDM.replace('"exit":', '"last":\n        os._exit(0 if attempt == 3 else 75)\n    elif name == "exit":')
     local.program("fdm", program)
     arguments = ("--max-restarts=1", *local.fast, "--", "train", "--workdir", "runs")
     done = local.run("local", *arguments, "0:save", "0:last")
-    assert done.returncode == 0 and local.starts() == 6
+    assert done.returncode == 0 and local.starts() == 4
 
 
 def test_code_2_is_not_restarted(local):

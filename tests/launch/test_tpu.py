@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import time
 
 import pytest
@@ -257,15 +258,17 @@ def test_preemption(pod, late):
     """The slice is suspended under the run: deleted, asked for again, set up again, and the same command goes on."""
     if late:
         (pod.folder / "late").touch()
-    done = pod.train(deeds=["preempted", "preempted", "done"])
+    times = 2 if late else 1
+    done = pod.train(deeds=[*["preempted"] * times, "done"])
     assert done.returncode == 0, done.stderr
-    assert len(pod.starts(0)) == len(pod.starts(1)) == 3 and len(set(pod.starts(0))) == 1
-    assert [len(pod.called(verb)) for verb in ("create", "scp", "delete")] == [3, 3, 2]
-    assert pod.called("create")[0] == pod.called("create")[2]
-    assert done.stderr.count("the slice was preempted") == 2
+    assert len(pod.starts(0)) == len(pod.starts(1)) == times + 1 and len(set(pod.starts(0))) == 1
+    assert [len(pod.called(verb)) for verb in ("create", "scp", "delete")] == [times + 1, times + 1, times]
+    assert pod.called("create")[0] == pod.called("create")[-1]
+    assert done.stderr.count("the slice was preempted") == times
     assert "`tpu.py delete` gives it back" in done.stderr
 
 
+@pytest.mark.slow
 def test_preemptions_without_progress_end(pod):
     (pod.folder / "bucket" / "run" / "checkpoints" / "9").mkdir(parents=True)
     done = pod.train("--max-restarts=1", deeds=["preempted"])
@@ -273,6 +276,7 @@ def test_preemptions_without_progress_end(pod):
     assert "given up: 2 starts in a row brought no new checkpoint." in done.stderr
 
 
+@pytest.mark.slow
 def test_a_slice_that_is_not_granted(pod):
     (pod.folder / "plays.json").write_text(json.dumps([["WAITING_FOR_RESOURCES", "FAILED"], ["SUSPENDED"]]))
     done = pod.train(deeds=["done"])
@@ -343,5 +347,17 @@ def test_watching_again(pod):
     assert done.returncode == 0 and len(pod.starts()) == 2 and len(pod.called("scp")) == 2
 
 
-def test_worker_script(pod):
-    assert pod.bash_accepts((pod.root / "launch" / "tpu_worker.sh").read_text())
+def test_a_worker_without_a_python_that_will_do(pod):
+    """As on TPU images: uv is installed for the user, and what it fetches makes .venv."""
+    said = 'import sys; print("/fetched/python" * ("find" in sys.argv), end=""); sys.exit("-c" in sys.argv)'
+    for name in ("python3.11", "python3.12", "python3.13", "python3"):
+        pod.program(name, f"{said}\n")
+    script = (pod.root / "launch" / "tpu_worker.sh").read_text()
+    assert pod.bash_accepts(script)
+    (pod.folder / "fdm_jax" / "launch").mkdir(parents=True)
+    (pod.folder / "fdm_jax" / "launch" / "tpu_worker.sh").write_text(script)
+    worker = ["bash", "fdm_jax/launch/tpu_worker.sh"]
+    subprocess.run([*worker, "install", COMMIT], cwd=pod.folder, env=pod.env, check=True)
+    assert (pod.folder / "make.log").read_text() == "install EXTRA=tpu PYTHON=/fetched/python\n"
+    status = subprocess.run([*worker, "status"], cwd=pod.folder, env=pod.env, text=True, capture_output=True)
+    assert status.stdout.endswith(f" idle - {COMMIT}\n")
