@@ -89,13 +89,13 @@ def default_fdm() -> str:
 
 
 def run(command: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a program that must be there.
+    """Run a program that must be there; what it asks on a terminal is not answered.
 
     Raises:
       Refusal: it is not.
     """
     try:
-        return subprocess.run(command, text=True, **options)  # type: ignore[call-overload]
+        return subprocess.run(command, text=True, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
     except FileNotFoundError as error:
         raise Refusal(f"There is no {command[0]!r} on the path: install it, or give --dry-run.") from error
 

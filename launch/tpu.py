@@ -144,7 +144,7 @@ class Pod:
 
     def on_workers(self, script: str, worker: str = "all") -> list[str]:
         """A line of shell on the workers."""
-        return [*self._vm, "ssh", self.name, *self._place, f"--worker={worker}", f"--command={script}"]
+        return [*self._vm, "ssh", self.name, *self._place, "--quiet", f"--worker={worker}", f"--command={script}"]
 
     def start(self, command: Sequence[str]) -> list[str]:
         """The fdm command on all workers, in the background."""
@@ -158,7 +158,7 @@ class Pod:
         return [
             ["mkdir", "-p", str(archive.parent)],
             ["git", "-C", str(REPOSITORY), "archive", "--format=tar.gz", f"--output={archive}", commit],
-            [*self._vm, "scp", str(archive), f"{self.name}:", *self._place, "--worker=all"],
+            [*self._vm, "scp", str(archive), f"{self.name}:", *self._place, "--quiet", "--worker=all"],
             self.on_workers(f"{unpack} && bash {WORKER} install {commit}"),
         ]
 
