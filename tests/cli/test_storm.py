@@ -1,12 +1,17 @@
 """Thirty ends of a run at random moments, most of them without a warning: nothing of it is to be seen in what it makes."""
 
+import os
+import pathlib
+import shlex
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import tiny
-from cli.conftest import assert_same_end, rows, start
+from cli.conftest import assert_same_end, environment, rows, start, start_all
 
 from fdm_jax.cli.main import main
 
@@ -37,7 +42,7 @@ def test_a_storm_of_kills(data_dir, tmp_path):
             while seen(stormy) == before:
                 assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
                 time.sleep(0.01)
-        time.sleep(rng.exponential(0.5))
+        time.sleep(rng.exponential(1.0))
         process.send_signal(signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL)
         out, _ = process.communicate(timeout=240)
         assert process.returncode in (0, -signal.SIGTERM, -signal.SIGKILL), out
@@ -51,3 +56,38 @@ def test_a_storm_of_kills(data_dir, tmp_path):
     assert rows(stormy) == rows(straight)
     for picture in (straight / "samples").iterdir():
         assert picture.read_bytes() == (stormy / "samples" / picture.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_storm_over_two_processes(data_dir, tmp_path):
+    """One of the two is ended, and the launcher starts both again: the same bits as those of two that nobody disturbed."""
+    rng = np.random.default_rng(2306)
+    steps = 400
+    more = [*MORE, f"--config.train.images={16 * steps}"]
+    straight, stormy = tmp_path / "straight", tmp_path / "stormy"
+    for process in start_all(tiny.arguments(straight, data_dir, *more), 2):
+        out, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, out
+    fdm = shlex.join([sys.executable, "-m", "fdm_jax"])
+    launcher = subprocess.Popen(
+        [sys.executable, "launch/local.py", "--processes=2", "--max-restarts=1000", "--backoff=0.01", f"--fdm={fdm}",
+         "--", *tiny.arguments(stormy, data_dir, *more)],
+        env=environment(1), cwd=tiny.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    moments: list[int] = []
+    while len(moments) < 8:
+        before, deadline = seen(stormy), time.monotonic() + 240
+        while seen(stormy) == before:
+            assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()[0]
+            time.sleep(0.01)
+        time.sleep(rng.exponential(0.5))
+        children = pathlib.Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        if len(children) == 2:
+            os.kill(int(rng.choice(children)), signal.SIGTERM if rng.random() < 0.3 else signal.SIGKILL)
+            moments.append(max(seen(stormy), default=0))
+    print("steps at which one was ended:", moments)
+    out, _ = launcher.communicate(timeout=600)
+    assert launcher.returncode == 0, out
+    assert out.count("starting again") >= 6, out
+    assert_same_end(stormy, straight, steps)
+    assert rows(stormy) == rows(straight)

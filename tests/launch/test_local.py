@@ -1,11 +1,15 @@
 """launch/local.py with small programs in the place of fdm: what it starts, stops and starts again."""
 
 import os
+import re
 import shlex
 import signal
 import time
 
 import pytest
+import tiny
+
+from fdm_jax.errors import RESTART_CODE
 
 # Process I of N does what the words after "train" say for it, such as "1:exit=3" for process 1.  Each attempt leaves
 # a line in the file "starts"; "once" limits a deed to the first attempt.
@@ -211,3 +215,8 @@ def wait_for(*paths):
     while not all(path.exists() for path in paths):
         assert time.monotonic() < end, paths
         time.sleep(0.02)
+
+
+def test_the_exit_code_for_a_restart_is_that_of_fdm():
+    text = (tiny.ROOT / "launch" / "common.py").read_text()
+    assert re.search(r"^DONE, USER_ERROR, RESTART = (.*?) +#", text, re.MULTILINE)[1] == f"0, 2, {RESTART_CODE}"
