@@ -72,11 +72,12 @@ def test_several_steps_as_one_program(straight_run, data_dir, tmp_path):
     assert_same_end(tmp_path / "stopped", workdir, 20)
 
 
-def test_pmap_continues_what_jit_began(straight_run, data_dir, tmp_path):
-    """Checkpoints know nothing of how devices were used, and the two ways give one curve."""
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+def test_other_modes_continue_what_jit_began(straight_run, data_dir, tmp_path, mode):
+    """Checkpoints know nothing of how devices were used, and all ways give one curve."""
     workdir = tmp_path / "run"
     assert main(tiny.arguments(workdir, data_dir, "--config.train.images=192")) == 0
-    assert main(tiny.arguments(workdir, data_dir, "--config.parallel=pmap")) == 0
+    assert main(tiny.arguments(workdir, data_dir, f"--config.parallel={mode}")) == 0
     losses = [[row["loss"] for row in rows(run)] for run in (straight_run, workdir)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
