@@ -10,7 +10,8 @@ Ctrl-C and SIGTERM save before they end the run.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from fdm_jax.cli.places import place_argument
 
 HELP = "train a model, or go on with a run"
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_config_argument(parser)
     parser.add_argument(
-        "--workdir", required=True, type=Path, metavar="DIR", help="where everything of the run is kept"
+        "--workdir", required=True, type=place_argument, metavar="DIR", help="where everything of the run is kept"
     )
     parser.add_argument(
         "--init_from", "--init-from", metavar="DIR", help="start from the averaged weights in another workdir"

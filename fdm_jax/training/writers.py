@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+from fdm_jax.whole_files import append_text, write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -44,14 +38,14 @@ class Writers:
         self._path = workdir / "metrics.jsonl"
         self.rows = [row for row in read_metrics(self._path) if row["step"] <= step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        # On gs:// tensorboardX keeps the file in memory and writes it whole, every two minutes and at the end.
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=nimg + 1 if step else None)
 
     def scalars(self, row: Mapping[str, Any]) -> None:
         """One row with "step", "nimg" and figures.  JSON has no infinity: what is not finite is written as null."""
         row = {key: value if np.isfinite(value) else None for key, value in row.items()}
         self.rows.append(row)
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_text(self._path, json.dumps(row) + "\n")
         for key, value in row.items():
             if key not in ("step", "nimg") and value is not None:
                 self._tensorboard.add_scalar(key, value, row["nimg"])
