@@ -148,7 +148,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._answer(200, metadata)
         headers = {
             "Content_Type": "application/octet-stream", "x_goog_generation": generation, "x_goog_metageneration": 1,
-            "ETag": metadata["etag"], "x_goog_hash": f"crc32c={metadata['crc32c']},md5={metadata['md5Hash']}",
+            "ETag": metadata["etag"], "x_goog_hash": f"crc32c={metadata['crc32c']}",
             "x_goog_stored_content_length": len(content),
         }  # fmt: skip
         wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")

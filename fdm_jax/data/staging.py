@@ -63,7 +63,10 @@ def local_copy(path: Path) -> Path:
 def _objects(path: Path) -> dict[str, dict[str, Any]]:
     """{name below the path: what the bucket says of the object}; the name is empty if the path is an object itself."""
     prefix = os.fspath(path).removeprefix("gs://")
-    found = filesystem().find(prefix, detail=True)
+    try:
+        found = filesystem().find(prefix, detail=True)
+    except FileNotFoundError:  # no such bucket
+        found = {}
     objects = {name.removeprefix(prefix).lstrip("/"): info for name, info in found.items() if info["type"] == "file"}
     if not objects:
         raise UserError(f"There is nothing at {path}: give the path of a data set, a zip or a folder in your bucket.")

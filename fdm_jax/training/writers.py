@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 
-from fdm_jax.whole_files import append_text, write_text
+from fdm_jax.whole_files import append_text, filesystem, write_text
+
+log = logging.getLogger(__name__)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -23,6 +27,43 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return rows
+
+
+class _EventObject:
+    """A TensorBoard file on Google Cloud Storage: kept in memory, and written whole at each flush, every two minutes.
+
+    In place of tensorboardX's own, which writes once more whenever it is garbage-collected, and waits minutes for that.
+    """
+
+    def __init__(self, path: str):
+        self._path, self._content, self._written = path, bytearray(), 0
+
+    def write(self, data: bytes) -> None:
+        """Append."""
+        self._content += data
+
+    def flush(self) -> None:
+        """Upload; called by tensorboardX's thread."""
+        size = len(self._content)
+        if size > self._written:
+            try:
+                filesystem().pipe_file(self._path, bytes(self._content))
+                self._written = size
+            except Exception as error:  # the next flush brings all of it; figures are in metrics.jsonl too
+                log.warning("%s cannot be written: %s", self._path, error)
+
+    def close(self) -> None:
+        """All is flushed by then."""
+
+
+class _EventObjects:
+    open = staticmethod(_EventObject)
+
+    def directory_check(self, path: str) -> None:
+        """There are no folders."""
+
+
+register_writer_factory("gs", _EventObjects())
 
 
 class Writers:
@@ -38,7 +79,6 @@ class Writers:
         self._path = workdir / "metrics.jsonl"
         self.rows = [row for row in read_metrics(self._path) if row["step"] <= step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        # On gs:// tensorboardX keeps the file in memory and writes it whole, every two minutes and at the end.
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=nimg + 1 if step else None)
 
     def scalars(self, row: Mapping[str, Any]) -> None:
