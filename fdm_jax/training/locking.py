@@ -132,7 +132,7 @@ class _ObjectLock:
                 raise UserError(f"The workdir {self._workdir} cannot be written: {sentence}") from error
             raise
         self._generation, owner = self._read()
-        holder = f"Process {owner.get('pid')} on {owner.get('host')}"
+        holder = f"Process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "Another process"
         print(
             f"{holder} holds the workdir; waiting {STALE:.0f} s for a sign of life from it.",
             file=sys.stderr,

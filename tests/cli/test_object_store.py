@@ -47,7 +47,7 @@ def test_run_that_is_killed_stopped_and_damaged(store, straight_run, data_dir, t
 
     store.upload(Path(data_dir.partition("=")[2]), "bucket", "data/")
     arguments = tiny.arguments(
-        "gs://bucket/run", "--config.data.data_dir=gs://bucket/data", "--config.data.source=digits"
+        "gs://bucket/run", "--config.data.source=gs://bucket/data/digits"
     )
     process = start(arguments, devices=8)
 
@@ -82,7 +82,7 @@ def test_run_that_is_killed_stopped_and_damaged(store, straight_run, data_dir, t
     for step in (12, 16, 20):
         assert resumed[step] == straight[step]
     config = json.loads((copy / "config.json").read_text())
-    assert config["data"].pop("data_dir") == "gs://bucket/data"
+    assert config["data"]["source"] == "gs://bucket/data/digits"
     for name in ("parameters.txt", "curves.png", "samples/000000000192.png"):
         assert (copy / name).stat().st_size > 100
     assert len(list((copy / "tensorboard").iterdir())) >= 2  # one for each start; the killed one may have had none yet
