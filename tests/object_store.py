@@ -75,6 +75,7 @@ class Refused(Exception):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer takes 40 ms
     store: Store
 
     def log_message(self, *args):

@@ -46,9 +46,7 @@ def test_run_that_is_killed_stopped_and_damaged(store, straight_run, data_dir, t
     from pathlib import Path
 
     store.upload(Path(data_dir.partition("=")[2]), "bucket", "data/")
-    arguments = tiny.arguments(
-        "gs://bucket/run", "--config.data.source=gs://bucket/data/digits"
-    )
+    arguments = tiny.arguments("gs://bucket/run", "--config.data.source=gs://bucket/data/digits")
     process = start(arguments, devices=8)
 
     def kill(name):
