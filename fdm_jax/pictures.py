@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fdm_jax.errors import UserError
+from fdm_jax.whole_files import place, replace_file
 
 
 def image_grid(images: np.ndarray, columns: int, *, scale: int = 1, gap: int = 1) -> Image.Image:
@@ -130,15 +131,14 @@ def _picture(image: np.ndarray) -> Image.Image:
 
 
 def _write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
-    """Let ``write`` fill a file beside the final one, then rename it: a reader sees the old picture or the new."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Let ``write`` fill a picture, whole or not at all."""
+    path = place(path)
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            write(file)
+
     try:
-        try:
-            with temporary.open("wb") as file:
-                write(file)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)  # there only if something went wrong
+        replace_file(path, fill)
     except OSError as error:
         raise UserError(f"The picture {path} cannot be written: {error.strerror or error}.") from error

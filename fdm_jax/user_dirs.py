@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fdm_jax.whole_files import is_remote, place
+
 
 def user_cache_dir() -> Path:
     """``$XDG_CACHE_HOME/fdm_jax``, or ``~/.cache/fdm_jax``."""
@@ -14,3 +16,18 @@ def user_cache_dir() -> Path:
 def default_data_dir() -> Path:
     """Where prepared data sets are: ``$XDG_CACHE_HOME/fdm_jax/data``, or ``~/.cache/fdm_jax/data``."""
     return user_cache_dir() / "data"
+
+
+def data_root(data_dir: str | os.PathLike[str] | None) -> Path:
+    """Where named data sets are: ``data_dir``, which may be gs://, or else the default.
+
+    Raises:
+      UserError: see :func:`fdm_jax.whole_files.place`.
+    """
+    return place(data_dir).expanduser() if data_dir else default_data_dir()
+
+
+def writable_data_root(data_dir: str | os.PathLike[str] | None) -> Path:
+    """The same, for what prepares itself: the default in place of gs://."""
+    root = data_root(data_dir)
+    return default_data_dir() if is_remote(root) else root

@@ -1,10 +1,20 @@
-"""Files that are written whole or not at all: a reader sees the old one or the new."""
+"""What a place for files can do, a local folder or gs://: files that are written whole or not at all, and a few moves.
+
+A reader of a file sees the old one or the new.  Local paths stay ``pathlib.Path``; those on Google Cloud Storage are
+``epath.Path`` over gcsfs, and behave alike where this module does not say otherwise.  Objects cannot be appended to or
+renamed, and there are no folders: nothing need be made before it is written into.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import importlib.util
 import os
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +22,125 @@ import numpy as np
 
 from fdm_jax.errors import UserError
 
+_REMOTE = "gs://"
+
+
+# --- Places ---
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether it is on Google Cloud Storage."""
+    return os.fspath(path).startswith(_REMOTE)
+
+
+def place(path: str | os.PathLike[str]) -> Path:
+    """A local path, or one that begins with gs://; `~` is the user's home.
+
+    Raises:
+      UserError: it begins with another such word, has no bucket, or gcsfs is not installed.
+    """
+    text = os.fspath(path)
+    if "://" not in text:
+        return Path(text)
+    if not is_remote(text):
+        raise UserError(f"{text} cannot be used: give a local path, or one on Google Cloud Storage (gs://BUCKET/NAME).")
+    if not text.removeprefix(_REMOTE).partition("/")[0]:
+        raise UserError(f"{text} names no bucket: write it as gs://BUCKET/NAME.")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f'{text} is on Google Cloud Storage, which needs gcsfs: pip install "fdm_jax[gcs]".')
+    os.environ.setdefault("EPATH_USE_TF", "false")  # etils would use TensorFlow for gs:// wherever it is installed
+    import fsspec.config
+    from etils import epath
+
+    # gcsfs remembers what folders hold, and would not see what TensorStore or other processes write.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return epath.Path(text)  # type: ignore[return-value]
+
+
+def filesystem() -> Any:
+    """gcsfs, for what paths cannot do."""
+    from etils.epath import backend
+
+    return backend.fsspec_backend.fs(_REMOTE)
+
+
+def resolved(path: Path) -> Path:
+    """The absolute path, without links."""
+    return path if is_remote(path) else path.resolve()
+
+
+def refusal(error: BaseException | None) -> str | None:
+    """A sentence if an error, or one behind it, is that Google Cloud Storage lets nobody in or finds nothing."""
+    while error is not None:
+        kind, text = type(error), " ".join(str(error).split())[:300]
+        if kind.__module__.startswith("google.auth.") or (
+            kind.__name__ == "HttpError" and getattr(error, "code", 0) == 401
+        ):
+            return (
+                f"Google Cloud Storage does not know who asks ({text}): do `gcloud auth application-default login`, or "
+                "give the machine a service account."
+            )
+        if (
+            (kind is OSError and text.startswith("Forbidden"))
+            or "PERMISSION_DENIED" in text
+            or kind.__name__ == "Forbidden"
+        ):
+            return f"Google Cloud Storage does not allow it ({text}): ask the owner of the bucket for the right."
+        error = error.__cause__ or error.__context__
+    return None
+
+
+# --- Files ---
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a local file, which then takes the final one's place; its folder must be there.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / path.name
+            write(local)
+            # One request, or for a large file one upload of several, which is there when it is finished.
+            filesystem().put_file(os.fspath(local), os.fspath(path))
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something went wrong
+
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a file beside the final one, then rename it; the folder is made.
+    """The same; the folder is made.
 
     Raises:
       UserError: it cannot be written; a full disk is left to the command line, which has a sentence for it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)  # there only if something went wrong
+        make_folder(path.parent)
+        replace_file(path, write)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise UserError(f"{path} cannot be written: {error.strerror or refusal(error) or error}.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; its folder must be there."""
+    replace_file(path, lambda temporary: temporary.write_text(text))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to the end of a file; an object is read and written anew."""
+    if is_remote(path):
+        write_text(path, (path.read_text() if path.exists() else "") + text)
+        return
+    with path.open("a") as file:
+        file.write(text)
 
 
 def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -45,3 +155,41 @@ def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     write_whole(path, write)
+
+
+# --- Folders ---
+
+
+def make_folder(path: Path) -> None:
+    """With those above it.  Nothing to do for objects; gcsfs would make the bucket."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """With all that is in it."""
+    if is_remote(path):
+        filesystem().rm(os.fspath(path), recursive=True)
+    else:
+        shutil.rmtree(path)
+
+
+def move_folder(path: Path, target: Path) -> None:
+    """To where nothing is.  Objects move one by one: killed in between, some are here and some there."""
+    if is_remote(path):
+        filesystem().mv(os.fspath(path), os.fspath(target), recursive=True)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a local file; yields False where the file system has no locks."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        yield True  # closing the file unlocks it, and so does the death of the process

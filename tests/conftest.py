@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.experimental
 import numpy as np
+import object_store
 import pytest
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -35,3 +36,12 @@ enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.
 def nhwc(array):
     """[..., C, H, W] -> [..., H, W, C]."""
     return np.moveaxis(np.asarray(array), -3, -1)
+
+
+@pytest.fixture(scope="session")
+def store():
+    """A server that stands in for Google Cloud Storage, with the bucket "bucket"; this process and its children use it."""
+    with object_store.serve("bucket") as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in object_store.environment(running).items():
+            patch.setenv(name, value)
+        yield running

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fdm_jax.cli.places import place_argument
+
 HELP = "train on small digits, draw some, and measure how readable they are"
 PER_CLASS, SHOWN = 50, 10
 
@@ -21,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_config_argument(parser, required=False)
     parser.set_defaults(config="configs/edm.py:digits")
-    parser.add_argument("--workdir", type=Path, default=Path("demo_run"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--workdir", type=place_argument, default=Path("demo_run"), metavar="DIR", help="default: %(default)s"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fdm_jax.cli.generate import parse_seeds
+from fdm_jax.cli.places import place_argument
 from fdm_jax.cli.sampling import (
     add_sampling_arguments,
     choose_labels,
@@ -35,7 +36,7 @@ ACTIONS = ("inpaint", "vary", "colorise", "encode", "interpolate")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help=", ".join(ACTIONS))
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="workdir of the run")
+    parser.add_argument("--workdir", required=True, type=place_argument, metavar="DIR", help="workdir of the run")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="the picture")
     parser.add_argument("--image", type=Path, metavar="FILE", help="of the model's size (not for interpolate)")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="for inpaint: white where pixels are to be made")

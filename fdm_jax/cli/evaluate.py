@@ -22,7 +22,6 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +31,10 @@ import numpy as np
 
 from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
 from fdm_jax.cli.images import Images, existing_images, generated_images
+from fdm_jax.cli.places import place_argument
 from fdm_jax.cli.sampling import add_sampling_arguments
 from fdm_jax.errors import UserError
-from fdm_jax.whole_files import save_npz, write_whole
+from fdm_jax.whole_files import make_folder, remove_folder, save_npz, write_whole
 
 if TYPE_CHECKING:
     from fdm_jax.data.sources import Source
@@ -47,9 +47,13 @@ HELP = "measure images: FID, KID, precision and recall, Inception score"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(act=evaluate)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--workdir", type=Path, metavar="DIR", help="generate with this run's model, and measure")
-    what.add_argument("--images", type=Path, metavar="PATH", help="measure what is there: a folder, a zip, or an .npz")
-    parser.add_argument("--ref", type=Path, metavar="STATS.npz", help="statistics of real images")
+    what.add_argument(
+        "--workdir", type=place_argument, metavar="DIR", help="generate with this run's model, and measure"
+    )
+    what.add_argument(
+        "--images", type=place_argument, metavar="PATH", help="measure what is there: a folder, a zip, or an .npz"
+    )
+    parser.add_argument("--ref", type=place_argument, metavar="STATS.npz", help="statistics of real images")
     add_extractor_arguments(parser, "default: what the statistics were made with, else inception")
     parser.add_argument("--num", type=int, metavar="N", help="images (default: 50,000, or all there are)")
     parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="default: %(default)s")
@@ -57,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bootstrap", type=int, default=10, metavar="N", help="draws for FID's deviation; 0: none (default: 10)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: in the workdir)")
+    parser.add_argument("--out", type=place_argument, metavar="DIR", help="of the results (default: in the workdir)")
     parser.add_argument("--keep-features", action="store_true", help="leave the features in that folder")
     parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
@@ -93,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_extractor_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     """--extractor and --weights."""
     parser.add_argument("--extractor", metavar="KIND", help=f"inception, classifier, dinov2 or pixels ({default})")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="of the extractor")
+    parser.add_argument("--weights", type=place_argument, metavar="FILE", help="of the extractor")
 
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +153,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     report = {"metrics": result, "images": len(features), "seconds": round(seconds, 1), "settings": settings}
     _write_json(folder / "result.json", report | {"versions": versions()})
     if not args.keep_features:
-        shutil.rmtree(folder / "features")
+        remove_folder(folder / "features")
     for name, figure in result.items():
         deviation = "" if figure["deviation"] is None else f" +- {figure['deviation']:.4g} ({figure['deviation_of']})"
         print(f"{name:18} {figure['value']:.5g}{deviation}")
@@ -165,10 +169,11 @@ def open_reference(
     Raises:
       UserError: one of them is not what it should be, or they do not fit each other.
     """
+    from fdm_jax.data.staging import local_copy
     from fdm_jax.evaluation.extractors import open_extractor
     from fdm_jax.evaluation.references import check_fits, load_reference
 
-    reference = load_reference(path)
+    reference, weights = load_reference(local_copy(path)), weights and local_copy(weights)
     extractor = open_extractor(kind or reference.description.get("extractor", "inception"), weights, shape)
     check_fits(reference, extractor, path)
     return reference, extractor
@@ -196,7 +201,8 @@ def extract_all(
         _claim(folder, settings | {"piece": images.piece})
     wait_for_all("the folder is ready")
     ours = range(0, images.num, images.piece)[jax.process_index() :: jax.process_count()]
-    missing = [start for start in ours if not (pieces / f"{start:09d}.npz").exists()]
+    there = {path.name for path in pieces.glob("*.npz")}  # one list, not a request for each
+    missing = [start for start in ours if f"{start:09d}.npz" not in there]
     total, left = (sum(min(images.piece, images.num - start) for start in starts) for starts in (ours, missing))
     maker = FeatureMaker(extractor, make_mesh(jax.local_devices()), min(args.batch, images.num))
     progress = Progress(total, total - left, quiet=jax.process_index() > 0)
@@ -215,15 +221,18 @@ def extract_all(
 
 def _gather(pieces: Path, images: Images) -> tuple[np.ndarray, np.ndarray | None]:
     """Features [N, D] and logits [N, K], in order."""
-    parts = [np.load(pieces / f"{start:09d}.npz") for start in range(0, images.num, images.piece)]
-    logits = np.concatenate([part["logits"] for part in parts]) if "logits" in parts[0].files else None
+    parts = []
+    for start in range(0, images.num, images.piece):
+        with (pieces / f"{start:09d}.npz").open("rb") as file, np.load(file) as part:
+            parts.append(dict(part))
+    logits = np.concatenate([part["logits"] for part in parts]) if "logits" in parts[0] else None
     return np.concatenate([part["features"] for part in parts]), logits
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     record, settings = folder / "settings.json", json.loads(json.dumps(settings))
     try:
-        (folder / "features").mkdir(parents=True, exist_ok=True)
+        make_folder(folder / "features")
         before = json.loads(record.read_text()) if record.exists() else settings
         if before != settings:
             different = ", ".join(sorted(k for k in before.keys() | settings if before.get(k) != settings.get(k)))
@@ -268,6 +277,7 @@ def batches(source: Source, num: int, size: int = 512) -> Iterator[dict[str, np.
 
 def make_reference(args: argparse.Namespace) -> int:
     """Statistics of a data set."""
+    from fdm_jax.data.staging import local_copy
     from fdm_jax.devices import make_mesh
     from fdm_jax.evaluation.extractors import FeatureMaker, open_extractor
     from fdm_jax.evaluation.moments import Moments
@@ -281,7 +291,9 @@ def make_reference(args: argparse.Namespace) -> int:
     if num > len(source):
         raise UserError(f"{spec.name} holds {len(source):,} images, and --num asks for {num:,}.")
     extractor = open_extractor(
-        args.extractor or "inception", args.weights, (spec.resolution, spec.resolution, spec.channels)
+        args.extractor or "inception",
+        args.weights and local_copy(args.weights),
+        (spec.resolution, spec.resolution, spec.channels),
     )
     maker, counted, kept = FeatureMaker(extractor, make_mesh(), args.batch), Moments(extractor.width), []
     progress, began, done = Progress(num, 0), time.monotonic(), 0

@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fdm_jax.cli.places import place_argument
+
 HELP = "write a model for PyTorch users"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="workdir of the run")
+    parser.add_argument("--workdir", required=True, type=place_argument, metavar="DIR", help="workdir of the run")
     parser.add_argument(
         "--format", choices=("safetensors", "torch"), default="safetensors", help="default: %(default)s"
     )

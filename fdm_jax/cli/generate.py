@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
+from fdm_jax.cli.places import place_argument
 from fdm_jax.cli.sampling import add_sampling_arguments, choose_labels, load_model, make_sampler
 from fdm_jax.errors import UserError
 
@@ -28,7 +29,7 @@ HELP = "generate images with a trained model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="workdir of the run")
+    parser.add_argument("--workdir", required=True, type=place_argument, metavar="DIR", help="workdir of the run")
     parser.add_argument(
         "--out", required=True, type=Path, metavar="PATH", help="a folder, or a file ending in .png or .npz"
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from fdm_jax.cli.sampling import choose_labels, load_model, make_sampler
 from fdm_jax.errors import UserError
+from fdm_jax.whole_files import is_remote, resolved
 
 
 class Images:
@@ -68,12 +69,16 @@ def existing_images(args: argparse.Namespace) -> Images:
       UserError: it holds none, fewer than asked for, or of several sizes.
     """
     if args.images.suffix == ".npz":
-        arrays = _npz_images(args.images)
+        from fdm_jax.data.staging import local_copy
+
+        arrays = _npz_images(local_copy(args.images))
         found, shape, read = len(arrays), arrays.shape[1:], lambda rows: arrays[rows]
     else:
         from fdm_jax.data.opening import open_source
 
-        source = open_source(args.images.absolute(), use_labels=False, cache_mb=0)
+        source = open_source(
+            args.images if is_remote(args.images) else args.images.absolute(), use_labels=False, cache_mb=0
+        )
         spec = source.spec
         found, shape = len(source), (spec.resolution, spec.resolution, spec.channels)
         read = lambda rows: source.read(rows)["image"]  # noqa: E731
@@ -81,7 +86,7 @@ def existing_images(args: argparse.Namespace) -> Images:
     if num > found:
         raise UserError(f"{args.images} holds {found:,} images, and --num asks for {num:,}.")
     make = lambda start: read(np.arange(start, min(start + 512, num)))  # noqa: E731
-    return Images(args.images.name, shape, num, {"images": str(args.images.resolve()), "num": num}, 512, make)
+    return Images(args.images.name, shape, num, {"images": str(resolved(args.images)), "num": num}, 512, make)
 
 
 def _npz_images(path: Path) -> np.ndarray:

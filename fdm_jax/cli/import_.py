@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fdm_jax.cli.places import place_argument
+
 HELP = "turn a PyTorch snapshot, or an export, into a workdir"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="network-snapshot-*.pkl, *.safetensors or *.pt")
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="a new workdir")
+    parser.add_argument("--workdir", required=True, type=place_argument, metavar="DIR", help="a new workdir")
 
 
 def run(args: argparse.Namespace) -> int:

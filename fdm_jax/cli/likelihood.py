@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from fdm_jax.cli.places import place_argument
 from fdm_jax.errors import UserError
+from fdm_jax.whole_files import resolved
 
 HELP = "measure bits per dimension of images under a model"
 
@@ -27,7 +29,7 @@ EXACT_UP_TO = 1024  # values of an image
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="workdir of the run")
+    parser.add_argument("--workdir", required=True, type=place_argument, metavar="DIR", help="workdir of the run")
     parser.add_argument("--data", metavar="NAME", help="a data set's name or path (default: the run's own)")
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument("--num", type=int, metavar="N", help="the first so many images (default: all)")
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     num = min(args.num or len(source), len(source))
     out = args.out or args.workdir / f"likelihood-{args.split.replace('/', '-')}.jsonl"
     record = Record(out, {
-        "workdir": str(args.workdir.resolve()), "checkpoint": model.checkpoint, "data": spec.name, "split": args.split,
+        "workdir": str(resolved(args.workdir)), "checkpoint": model.checkpoint, "data": spec.name, "split": args.split,
         "draws": args.draws, "exact": args.exact, "tolerance": args.tolerance, "sigma_min": span[0],
         "sigma_max": span[1], "seed": args.seed, "dequantisation": "uniform",
     })  # fmt: skip

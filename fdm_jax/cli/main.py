@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from fdm_jax import __version__
+from fdm_jax.cli.places import check_local
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError
+from fdm_jax.whole_files import refusal
 
 COMMANDS = (
     "train",
@@ -76,6 +78,7 @@ def main(argv: Sequence[str]) -> int:
     """Run a command; returns its exit code: 0, 2 for what the user can mend, 75 for "start me again", or 130 after Ctrl-C."""
     args = parse(argv)
     try:
+        check_local(args)
         use_compile_cache()
         return args.run(args)
     except UserError as error:
@@ -87,11 +90,14 @@ def main(argv: Sequence[str]) -> int:
         print(f"fdm {args.command}: stopped; the same command begins again or goes on.", file=sys.stderr)
         return 130
     except Exception as error:
-        if not disk_full(error):
+        if disk_full(error):
+            sentence = (
+                "The disk is full: nothing already saved is lost; make room and give the same command again to go on."
+            )
+        elif refused := refusal(error):
+            sentence = refused
+        else:
             raise
-        sentence = (
-            "The disk is full: nothing already saved is lost; make room and give the same command again to go on."
-        )
     print(f"fdm {args.command}: {sentence}", file=sys.stderr)
     return 2
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fdm_jax.errors import UserError
+from fdm_jax.whole_files import append_text, make_folder, write_text
 
 
 class Record:
@@ -29,11 +30,11 @@ class Record:
         self.rows: list[dict[str, Any]] = []
         settings = json.loads(json.dumps(dict(settings)))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             if path.exists() and (text := path.read_text()):
                 self._read(text, dict(settings))
             else:
-                path.write_text(json.dumps({"settings": settings}) + "\n")
+                write_text(path, json.dumps({"settings": settings}) + "\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
 
@@ -52,10 +53,9 @@ class Record:
                 f"{self.path} holds results made with another {different}: delete it, or give another --out."
             )
         if torn:
-            self.path.write_text(whole + "\n")
+            write_text(self.path, whole + "\n")
 
     def add(self, *rows: Mapping[str, Any]) -> None:
         """Append results."""
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        append_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.rows += [dict(row) for row in rows]

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fdm_jax.cli.places import place_argument
 from fdm_jax.errors import UserError
-from fdm_jax.whole_files import write_whole
+from fdm_jax.whole_files import is_remote, resolved, write_whole
 
 if TYPE_CHECKING:
     from fdm_jax.experiment import Experiment
@@ -31,7 +32,12 @@ HELP = "make an HTML page that compares runs"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workdir", required=True, action="append", type=Path, metavar="DIR", help="workdir of a run; once for each"
+        "--workdir",
+        required=True,
+        action="append",
+        type=place_argument,
+        metavar="DIR",
+        help="workdir of a run; once for each",
     )
     parser.add_argument(
         "--sweep", action="append", default=[], type=Path, metavar="DIR", help="a folder that `fdm sweep` made; repeatable"
@@ -67,9 +73,9 @@ def _check_out(out: Path) -> None:
 def _check_workdirs(workdirs: Sequence[Path]) -> None:
     seen: set[Path] = set()
     for workdir in workdirs:
-        if workdir.resolve() in seen:
+        if resolved(workdir) in seen:
             raise UserError(f"The workdir {workdir} is named twice: name each run once.")
-        seen.add(workdir.resolve())
+        seen.add(resolved(workdir))
 
 
 # --- Reading ---
@@ -96,7 +102,7 @@ def read_runs(workdirs: Sequence[Path], sweeps: Sequence[Path] = ()) -> list[Run
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
     """The last folder of each path, with so many before it as it takes to tell them apart."""
-    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    parts = [(path if is_remote(path) else Path(os.path.abspath(path))).parts for path in paths]
     lengths = [1] * len(parts)
     while True:
         names = ["/".join(each[-length:]) for each, length in zip(parts, lengths, strict=True)]
@@ -237,10 +243,10 @@ def _read_grids(folder: Path) -> list[tuple[int, bytes]]:
 
 def _deal_sweeps(runs: list[Run], workdirs: Sequence[Path], named: Sequence[Path]) -> None:
     """Put each sweep with the run whose model it was made with."""
-    owners = {str(workdir.resolve()): run for workdir, run in zip(workdirs, runs, strict=True)}
+    owners = {str(resolved(workdir)): run for workdir, run in zip(workdirs, runs, strict=True)}
     done: set[Path] = set()
     for folder in named:
-        if folder.resolve() in done:
+        if resolved(folder) in done:
             raise UserError(f"The sweep {folder} is named twice: name each once.")
         sweep = _read_sweep(folder)
         owner = owners.get(str(sweep.settings.get("workdir")))
@@ -250,14 +256,14 @@ def _deal_sweeps(runs: list[Run], workdirs: Sequence[Path], named: Sequence[Path
                 "name that workdir too, or leave the sweep out."
             )
         owner.sweeps.append(sweep)
-        done.add(folder.resolve())
+        done.add(resolved(folder))
     for workdir, run in zip(workdirs, runs, strict=True):
         for path in sorted(workdir.glob("sweep*/results.jsonl")):
-            if path.parent.resolve() not in done:
+            if resolved(path.parent) not in done:
                 sweep = _read_sweep(path.parent)
                 # A workdir may have been moved since: then the place says whose it is.
                 owners.get(str(sweep.settings.get("workdir")), run).sweeps.append(sweep)
-                done.add(path.parent.resolve())
+                done.add(resolved(path.parent))
 
 
 def _read_sweep(folder: Path) -> Sweep:

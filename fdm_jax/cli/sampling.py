@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fdm_jax.cli.places import place_argument
 from fdm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def add_range_and_guidance(parser: argparse.ArgumentParser) -> Any:
     )
     guide.add_argument(
         "--guide",
-        type=Path,
+        type=place_argument,
         metavar="DIR",
         help="workdir of the worse model, such as an early checkpoint of a smaller one",
     )

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fdm_jax.cli.generate import parse_seeds
+from fdm_jax.cli.places import place_argument
 from fdm_jax.cli.sampling import Loaded, add_range_and_guidance, choose_labels, load_guidance, load_model, make_sampler
 from fdm_jax.errors import UserError, nearest
+from fdm_jax.whole_files import resolved
 
 if TYPE_CHECKING:
     from fdm_jax.evaluation.extractors import Extractor
@@ -38,7 +40,7 @@ SHOWN = 8  # images in a row of the picture
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fdm_jax.cli.evaluate import add_extractor_arguments
 
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="workdir of the run")
+    parser.add_argument("--workdir", required=True, type=place_argument, metavar="DIR", help="workdir of the run")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results")
     parser.add_argument("--solvers", default="heun,euler,dpmpp-2m,unipc-2,deis-3", help="default: %(default)s")
     parser.add_argument("--grids", default="edm", help="edm, log-snr, vp-uniform, vp-quadratic (default: %(default)s)")
@@ -46,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default="0-63", help="of the distance, such as 0-63 (default: %(default)s)")
     parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="of the ODE's solution (default: %(default)s)")
-    parser.add_argument("--ref", type=Path, metavar="STATS.npz", help="statistics of real images (fdm evaluate ref)")
+    parser.add_argument(
+        "--ref", type=place_argument, metavar="STATS.npz", help="statistics of real images (fdm evaluate ref)"
+    )
     add_extractor_arguments(parser, "default: what the statistics were made with, else inception")
     parser.add_argument(
         "--num", type=int, default=1000, metavar="N", help="images of the Frechet distance (default: %(default)s)"
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.ref is not None:
         judge = open_reference(args.ref, args.extractor, args.weights, model.experiment.image_shape)
     record = Record(args.out / "results.jsonl", {
-        "workdir": str(args.workdir.resolve()), "checkpoint": model.checkpoint, "seeds": args.seeds, "class": args.label,
+        "workdir": str(resolved(args.workdir)), "checkpoint": model.checkpoint, "seeds": args.seeds, "class": args.label,
         "tolerance": args.tolerance, "sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho,
         "match_original": args.match_original, "guidance": args.guidance, "guidance_interval": args.guidance_interval,
         "guide": str(args.guide.resolve()) if args.guide else None, "num": args.num if judge else None,

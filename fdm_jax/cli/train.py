@@ -13,9 +13,9 @@ see.  SIGTERM to one of them saves in all at the same step, and ends them with e
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from fdm_jax.cli.distributed import add_distributed_argument, joined
+from fdm_jax.cli.places import place_argument
 
 HELP = "train a model, or go on with a run"
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_argument(parser)
     add_distributed_argument(parser)
     parser.add_argument(
-        "--workdir", required=True, type=Path, metavar="DIR", help="where everything of the run is kept"
+        "--workdir", required=True, type=place_argument, metavar="DIR", help="where everything of the run is kept"
     )
     parser.add_argument(
         "--init_from", "--init-from", metavar="DIR", help="start from the averaged weights in another workdir"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
 import io
 import itertools
 import os
@@ -28,6 +27,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from fdm_jax.data.raw import RawData, RawSplit
 from fdm_jax.errors import UserError
 from fdm_jax.progress import Progress
+from fdm_jax.whole_files import locked
 
 SHARD_BYTES = 2**26  # of pixels; TFDS holds the images of a shard in memory while it writes it
 _CHUNK = 16  # pictures that a thread reads at a time
@@ -173,8 +173,8 @@ def prepare(data_dir: Path, name: str, make_builder: Callable[[], tfds.core.Data
     folder = Path(make_builder().data_dir)
     if not folder.exists():
         data_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(data_dir / f"{name.replace('/', '-')}.lock") as locked:
-            if locked:
+        with locked(data_dir / f"{name.replace('/', '-')}.lock") as alone:
+            if alone:
                 for remains in (data_dir / name).glob("incomplete.*"):
                     shutil.rmtree(remains, ignore_errors=True)
             try:
@@ -196,18 +196,6 @@ def _no_bars() -> Iterator[None]:
         yield
     finally:
         tfds.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Holds an exclusive lock on a file; yields False where the file system has no locks."""
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True  # closing the file unlocks it, and so does the death of the process
 
 
 def _ordered_map(function: Callable[[Any], Any], items: list[Any], threads: int) -> Iterator[Any]:

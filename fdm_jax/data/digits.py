@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from fdm_jax.data.builders import prepare
 from fdm_jax.data.prepared import PreparedSource, damaged
 from fdm_jax.errors import UserError
-from fdm_jax.user_dirs import default_data_dir
+from fdm_jax.user_dirs import writable_data_root
 
 CLASS_NAMES = tuple(str(digit) for digit in range(10))
 TEST_SIZE = 297
@@ -80,7 +80,7 @@ def load_digits_arrays(
     Raises:
       UserError: there is no such split, or the directory cannot be written, or what it holds cannot be read.
     """
-    source = PreparedSource(prepare_digits(Path(data_dir).expanduser() if data_dir else default_data_dir()), split)
+    source = PreparedSource(prepare_digits(writable_data_root(data_dir)), split)
     batch = source.read(range(len(source)))
     return batch["image"], batch["label"]
 

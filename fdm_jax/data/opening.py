@@ -7,8 +7,10 @@ from pathlib import Path
 
 from fdm_jax.data.archives import open_archive
 from fdm_jax.data.sources import Cached, FileSource, Source, Subset, Unlabelled, XFlip
+from fdm_jax.data.staging import local_copy
 from fdm_jax.errors import UserError, nearest
-from fdm_jax.user_dirs import default_data_dir
+from fdm_jax.user_dirs import data_root, default_data_dir, writable_data_root
+from fdm_jax.whole_files import is_remote, place
 
 # What `fdm dataset prepare` makes, and from what.
 ORIGINALS = {
@@ -38,9 +40,10 @@ def open_source(
     Args:
       source: the name of a prepared data set (``cifar10``, ``folder/cats``; ``digits`` prepares itself), or the path of
         one, or of a zip or folder of images. A folder that is called like a data set is reached as ``./digits``.
+        What is on Google Cloud Storage (gs://) is copied to this host once.
       split: ``train``, ``test`` or ``all``, or of prepared sets a slice such as ``train[:1000]``; a zip or folder has
         only ``train``.
-      data_dir: where named data sets are; ``$XDG_CACHE_HOME/fdm_jax/data`` by default.
+      data_dir: where named data sets are, also gs://; ``$XDG_CACHE_HOME/fdm_jax/data`` by default.
       use_labels: whether labels are read, and required; without, all are 0 and ``spec.num_classes`` is 0.
       xflip: whether every image is there a second time, mirrored; N doubles.
       max_images: at most so many images, chosen at random by ``seed``, before mirroring.
@@ -50,8 +53,7 @@ def open_source(
     Raises:
       UserError: the data set is unknown, not prepared, missing, damaged or not of the kind described above.
     """
-    root = Path(data_dir).expanduser() if data_dir else default_data_dir()
-    opened = _open(os.fspath(source), split, root, use_labels)
+    opened = _open(os.fspath(source), split, data_root(data_dir), use_labels)
     if not use_labels:
         opened = Unlabelled(opened)
     if max_images is not None:
@@ -65,15 +67,17 @@ def open_source(
 def _open(name: str, split: str, data_dir: Path, use_labels: bool) -> Source:
     from fdm_jax.data.prepared import PreparedSource, find_prepared
 
-    path = Path(name).expanduser()
+    path = place(name).expanduser()
+    if is_remote(path):
+        path = local_copy(find_prepared(path.name, path.parent) or path)
     known = name.split("/")[0] in NAMES
     if known or not path.exists():
         if name == "digits":
             from fdm_jax.data.digits import prepare_digits
 
-            return PreparedSource(prepare_digits(data_dir), split)
+            return PreparedSource(prepare_digits(writable_data_root(data_dir)), split)
         if not path.is_absolute() and (folder := find_prepared(name, data_dir)):
-            return PreparedSource(folder, split)
+            return PreparedSource(local_copy(folder), split)
     if not path.exists():
         if known:
             where = "" if data_dir == default_data_dir() else f" --data_dir={data_dir}"

@@ -16,7 +16,7 @@ from fdm_jax.interop.snapshots import import_torch
 from fdm_jax.interop.state_dict import from_torch, to_torch
 from fdm_jax.networks.song_unet import PRESETS
 from fdm_jax.training.checkpoints import Checkpoints
-from fdm_jax.whole_files import write_whole
+from fdm_jax.whole_files import make_folder, write_whole
 
 FORMATS = {"safetensors": ".safetensors", "torch": ".pt"}
 _FORMAT = "fdm_jax model, version 1"
@@ -51,7 +51,7 @@ def import_model(path: Path, workdir: Path) -> Model:
         raise UserError(f"{workdir} holds a run already: give another --workdir.")
     model = load_model(path)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        make_folder(workdir)
     except OSError as error:
         raise UserError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
     checkpoints = Checkpoints(workdir / "checkpoints")

@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import flax.serialization
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from fdm_jax.errors import UserError
 from fdm_jax.training.step import TrainState
+from fdm_jax.whole_files import is_remote, move_folder, remove_folder, resolved
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Checkpoints:
         keep_best: bool = False,
         read_only: bool = False,
     ):
-        self._directory, self._read_only, self._keep_best = directory.resolve(), read_only, keep_best
+        self._directory, self._read_only, self._keep_best = resolved(directory), read_only, keep_best
         keep: list[policies.PreservationPolicy] = []
         if not read_only and keep_latest is not None:
             keep.append(policies.LatestN(keep_latest))
@@ -144,7 +145,8 @@ class Checkpoints:
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that can be read: (state, meta), or None if there is no checkpoint at all.
 
-        One that cannot be read is said so in the log and moved out of the way, to ``damaged/`` beside it.
+        One that cannot be read is said so in the log and moved out of the way, to ``damaged/`` beside it (on gs://,
+        beside the folder of checkpoints).
 
         Args:
           like: shapes, types and shardings to restore to.
@@ -223,12 +225,13 @@ class Checkpoints:
         if self._read_only:
             return
         if jax.process_index() == 0:
-            damaged = self._directory / "damaged"
-            damaged.mkdir(exist_ok=True)
-            target = damaged / str(step)
+            # Not among the checkpoints on gs://, where Orbax takes a folder without its mark for a save that was cut off.
+            beside = self._directory.parent if is_remote(self._directory) else self._directory
+            target = beside / "damaged" / str(step)
             if target.exists():
-                shutil.rmtree(target)
-            (self._directory / str(step)).rename(target)
+                remove_folder(target)
+            move_folder(self._directory / str(step), target)
+        multihost_utils.sync_global_devices(f"checkpoint {step} set aside")  # which all of them found damaged
         self._manager.reload()
 
 

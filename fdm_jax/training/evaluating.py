@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from fdm_jax.data.staging import local_copy
 from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.devices import sharded
 from fdm_jax.errors import UserError
@@ -21,6 +21,7 @@ from fdm_jax.evaluation.references import check_fits, load_reference
 from fdm_jax.experiment import Experiment, open_data
 from fdm_jax.sampling import seeds as draws
 from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
+from fdm_jax.whole_files import place
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the curves
 
@@ -96,10 +97,10 @@ def _held_out(experiment: Experiment, mesh: Mesh) -> DenoisingError:
 def _frechet(
     experiment: Experiment, mesh: Mesh
 ) -> tuple[Callable[[Any, Callable[[], bool]], dict[str, float] | None], str]:
-    config, path = experiment.config.eval, Path(experiment.config.eval.ref).expanduser()
-    reference = load_reference(path)
+    config, path = experiment.config.eval, place(experiment.config.eval.ref).expanduser()
+    reference = load_reference(local_copy(path))
     kind = config.extractor or reference.description.get("extractor", "inception")
-    weights = Path(config.weights).expanduser() if config.weights else None
+    weights = local_copy(place(config.weights).expanduser()) if config.weights else None
     extractor = open_extractor(kind, weights, experiment.image_shape)
     check_fits(reference, extractor, path)
     if config.num_images < 2:

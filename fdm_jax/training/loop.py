@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,10 +25,12 @@ from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
 from fdm_jax.training.checkpoints import Checkpoints, check_alike
 from fdm_jax.training.evaluating import Evaluator
+from fdm_jax.training.locking import locked
 from fdm_jax.training.parallel import parallelise
 from fdm_jax.training.step import TrainState, init_state, make_train_step
 from fdm_jax.training.stopping import stop_requests
-from fdm_jax.training.writers import Writers, write_text
+from fdm_jax.training.writers import Writers
+from fdm_jax.whole_files import make_folder, place, write_text
 
 # Programs sent to the devices before the metrics of the first are waited for: keeps them busy, bounds the queue.
 PROGRAMS_IN_FLIGHT = 4
@@ -58,7 +59,7 @@ def train(experiment: Experiment, source: Source, workdir: Path) -> bool:
         devices, or the gradients were not finite too often in a row.
     """
     experiment.check_devices(jax.device_count())
-    with _locked(workdir):
+    with locked(workdir, hold=jax.process_index() == 0):
         return _Run(experiment, source, workdir).train()
 
 
@@ -141,7 +142,7 @@ class _Run:
         if restored is None:
             state = init()
             if self.config.init_from:
-                state = self._with_weights_of(state, Path(self.config.init_from).expanduser())
+                state = self._with_weights_of(state, place(self.config.init_from).expanduser())
             if self.main:
                 overview = clu.parameter_overview.get_parameter_overview(state.params, include_stats=False)
                 write_text(self.workdir / "parameters.txt", overview + "\n")
@@ -326,7 +327,7 @@ class _Run:
             return
         scale = max(1, 32 // self.experiment.image_shape[0])
         grid = pictures.image_grid(images, columns, scale=scale)
-        (self.workdir / "samples").mkdir(exist_ok=True)
+        make_folder(self.workdir / "samples")
         pictures.save_png(grid, self.workdir / "samples" / f"{nimg:012d}.png")
         writers.image("samples", np.asarray(grid.convert("RGB")), nimg)
 
@@ -356,22 +357,3 @@ def _write_curves(workdir: Path, rows: list[dict[str, Any]]) -> None:
         if len(points) > 1:
             nimg, values = zip(*points, strict=True)
             pictures.curves_png(workdir / file, {label: (nimg, values)}, "images seen", label, logy=key == "loss")
-
-
-@contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    """Make the workdir, and keep a second process from training in it; death of the process frees it."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
-    with file:
-        if jax.process_index() == 0:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"Another process is training in {workdir}: stop it, or give another --workdir."
-                ) from None
-        yield

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 
+from fdm_jax.whole_files import append_text, filesystem, write_text
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+log = logging.getLogger(__name__)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -29,6 +27,43 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return rows
+
+
+class _EventObject:
+    """A TensorBoard file on Google Cloud Storage: kept in memory, and written whole at each flush, every two minutes.
+
+    In place of tensorboardX's own, which writes once more whenever it is garbage-collected, and waits minutes for that.
+    """
+
+    def __init__(self, path: str):
+        self._path, self._content, self._written = path, bytearray(), 0
+
+    def write(self, data: bytes) -> None:
+        """Append."""
+        self._content += data
+
+    def flush(self) -> None:
+        """Upload; called by tensorboardX's thread."""
+        size = len(self._content)
+        if size > self._written:
+            try:
+                filesystem().pipe_file(self._path, bytes(self._content))
+                self._written = size
+            except Exception as error:  # the next flush brings all of it; figures are in metrics.jsonl too
+                log.warning("%s cannot be written: %s", self._path, error)
+
+    def close(self) -> None:
+        """All is flushed by then."""
+
+
+class _EventObjects:
+    open = staticmethod(_EventObject)
+
+    def directory_check(self, path: str) -> None:
+        """There are no folders."""
+
+
+register_writer_factory("gs", _EventObjects())
 
 
 class Writers:
@@ -50,8 +85,7 @@ class Writers:
         """One row with "step", "nimg" and figures.  JSON has no infinity: what is not finite is written as null."""
         row = {key: value if np.isfinite(value) else None for key, value in row.items()}
         self.rows.append(row)
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_text(self._path, json.dumps(row) + "\n")
         for key, value in row.items():
             if key not in ("step", "nimg") and value is not None:
                 self._tensorboard.add_scalar(key, value, row["nimg"])

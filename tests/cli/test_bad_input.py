@@ -72,9 +72,9 @@ def test_workdir_that_cannot_be_written(capsys, tmp_path, data_dir):
 
 
 def test_workdir_in_use(capsys, tmp_path, data_dir):
-    from fdm_jax.training.loop import _locked
+    from fdm_jax.training.locking import locked
 
-    with _locked(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         assert "Another process is training" in refused(capsys, tiny.arguments(tmp_path / "run", data_dir))
 
 

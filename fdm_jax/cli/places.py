@@ -1,0 +1,31 @@
+"""Paths on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fdm_jax.errors import UserError
+from fdm_jax.whole_files import place
+
+
+def place_argument(text: str) -> Path:
+    """A local path or one that begins with gs://; for argparse, which would keep the sentence of a UserError to itself."""
+    try:
+        return place(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def check_local(args: argparse.Namespace) -> None:
+    """Refuse gs:// where only a local path will do.
+
+    Raises:
+      UserError: naming the argument.
+    """
+    for name, value in vars(args).items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path) and path.parts[:1] == ("gs:",):
+                raise UserError(
+                    f"--{name.replace('_', '-')} must be a local path, and is gs://{'/'.join(path.parts[1:])}."
+                )

@@ -1,0 +1,157 @@
+"""A workdir in a bucket is like a local one: bit for bit, through a kill in the middle of a save and damage."""
+
+import json
+
+import numpy as np
+import object_store
+import pytest
+import tiny
+from cli.conftest import assert_same_end, rows, start
+
+from fdm_jax.cli.main import main
+from fdm_jax.training import locking
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(locking, "BEAT", 0.3)
+    monkeypatch.setattr(locking, "STALE", 1.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def fetch(store, name, folder):
+    """What is in a workdir of the bucket, as a local one."""
+    for path in store.names("bucket", f"{name}/"):
+        file = folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(store.objects["bucket", path][0])
+    return folder / name
+
+
+def steps(store, name):
+    """Steps with a finished checkpoint."""
+    names = [path.split("/") for path in store.names("bucket", f"{name}/checkpoints/")]
+    return sorted(int(parts[2]) for parts in names if parts[3:] == ["commit_success.txt"])
+
+
+def damage(store, prefix):
+    for name in store.names("bucket", prefix):
+        content, metadata = store.objects["bucket", name]
+        if len(content) > 4 and not name.endswith(".txt"):
+            store.objects["bucket", name] = content[: len(content) // 2], metadata
+
+
+def test_run_that_is_killed_stopped_and_damaged(store, straight_run, data_dir, tmp_path, capfd, caplog):
+    """Data and run in the bucket; killed while step 8 is saved, stopped at 12, whose checkpoint is then damaged."""
+    from pathlib import Path
+
+    store.upload(Path(data_dir.partition("=")[2]), "bucket", "data/")
+    arguments = tiny.arguments("gs://bucket/run", "--config.data.source=gs://bucket/data/digits")
+    process = start(arguments, devices=8)
+
+    def kill(name):
+        if name.startswith("run/checkpoints/8/train/d/"):
+            process.kill()
+            process.wait()
+            raise object_store.Refused(503)
+
+    store.before_upload = kill
+    try:
+        process.wait(240)
+    finally:
+        store.before_upload = lambda name: None
+    assert process.returncode == -9, process.stdout.read()
+    assert steps(store, "run") == [4] and store.names("bucket", "run/checkpoints/8/")
+    assert "run/.lock" in store.names("bucket", "run/")
+
+    assert main([*arguments, "--config.train.images=192", "--config.samples.every_images=192"]) == 0
+    said = capfd.readouterr().err
+    assert "Going on from step 4 " in said and "waiting" in said
+    assert steps(store, "run") == [4, 8, 12] and "run/.lock" not in store.names("bucket", "run/")
+
+    damage(store, "run/checkpoints/12/train/")
+    assert main(arguments) == 0
+    assert "checkpoint of step 12 is damaged" in caplog.text
+    assert store.names("bucket", "run/damaged/12/train/")
+    copy = fetch(store, "run", tmp_path)
+    assert_same_end(copy, straight_run, 20)
+    straight, resumed = ({row["step"]: row for row in rows(run)} for run in (straight_run, copy))
+    assert list(straight) == list(resumed)
+    for step in (12, 16, 20):
+        assert resumed[step] == straight[step]
+    config = json.loads((copy / "config.json").read_text())
+    assert config["data"]["source"] == "gs://bucket/data/digits"
+    for name in ("parameters.txt", "curves.png", "samples/000000000192.png"):
+        assert (copy / name).stat().st_size > 100
+    assert len(list((copy / "tensorboard").iterdir())) >= 2  # one for each start; the killed one may have had none yet
+
+
+@pytest.fixture(scope="module")
+def run(store, data_dir):
+    """Four steps in the bucket."""
+    arguments = tiny.arguments(
+        "gs://bucket/short", data_dir, "--config.train.images=64", "--config.log.every_images=16"
+    )
+    assert main(arguments) == 0
+    return "gs://bucket/short"
+
+
+def test_generate_evaluate_and_report(store, run, data_dir, tmp_path):
+    copy = fetch(store, "short", tmp_path)
+    for workdir, out in ((run, "a"), (copy, "b")):
+        assert main(["generate", f"--workdir={workdir}", "--seeds=0-3", "--nfe=5", f"--out={tmp_path}/{out}.npz"]) == 0
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        np.testing.assert_array_equal(a["image"], b["image"])
+
+    where = data_dir.replace("--config.data.data_dir", "--data_dir")
+    assert main(["evaluate", "ref", "--data=digits", where, "--extractor=pixels", f"--out={tmp_path}/ref.npz"]) == 0
+    store.put("bucket", "ref.npz", (tmp_path / "ref.npz").read_bytes())
+    figures = []
+    for workdir, ref in ((run, "gs://bucket/ref.npz"), (copy, tmp_path / "ref.npz")):
+        assert main(["evaluate", f"--workdir={workdir}", f"--ref={ref}", "--num=70", "--nfe=3", "--batch=64"]) == 0
+    [name] = [name for name in store.names("bucket", "short/evaluations/") if name.endswith("result.json")]
+    figures.append(json.loads(store.text("bucket", name))["metrics"])
+    [path] = copy.glob("evaluations/*/result.json")
+    assert [json.loads(path.read_text())["metrics"]] == figures
+    assert not [name for name in store.names("bucket", "short/evaluations/") if "features" in name]
+
+    assert main(["report", f"--workdir={run}", f"--out={tmp_path}/page.html"]) == 0
+    assert "short" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (tiny.arguments("gs://elsewhere/run"), "gs://elsewhere/run cannot be written: there is no such bucket."),
+        (["generate", "--workdir=gs://bucket/none", "--out=a.png"], "gs://bucket/none is not the workdir of a run"),
+        (
+            ["generate", "--workdir=gs://bucket/short", "--out=gs://bucket/a.png"],
+            "--out must be a local path, and is gs://b",
+        ),
+    ],
+)
+def test_refusals(run, data_dir, arguments, sentence, capsys):
+    assert main([*arguments, data_dir] if arguments[0] == "train" else arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_right_that_is_missing(run, store, data_dir, capsys, monkeypatch):
+    def refuse(name):
+        raise object_store.Refused(403)
+
+    monkeypatch.setattr(store, "before_upload", refuse)
+    assert main(tiny.arguments("gs://bucket/shut", data_dir)) == 2
+    assert "gs://bucket/shut cannot be written: Google Cloud Storage does not allow it" in capsys.readouterr().err
+
+
+def test_gcsfs_is_missing(monkeypatch, capsys):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--workdir=gs://bucket/run", "--out=a.png"])
+    assert stop.value.code == 2
+    assert (
+        'gs://bucket/run is on Google Cloud Storage, which needs gcsfs: pip install "fdm_jax[gcs]".'
+        in capsys.readouterr().err
+    )

@@ -1,0 +1,85 @@
+"""One training process per workdir in a bucket: live holders are respected, dead ones are not."""
+
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+import tiny
+
+from fdm_jax.errors import UserError
+from fdm_jax.training import locking
+from fdm_jax.whole_files import place
+
+BEAT, STALE = 0.2, 1.5
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(locking, "BEAT", BEAT)
+    monkeypatch.setattr(locking, "STALE", STALE)
+
+
+def holder(store, name):
+    return json.loads(store.text("bucket", f"{name}/.lock"))
+
+
+def test_lock_is_held_and_given_back(store):
+    workdir = place("gs://bucket/held")
+    with locking.locked(workdir):
+        first = holder(store, "held")
+        with pytest.raises(
+            UserError, match=f"Process {first['pid']} on {first['host']} is training in gs://bucket/held"
+        ):
+            with locking.locked(workdir):
+                raise AssertionError("two hold it")
+        assert holder(store, "held")["time"] > first["time"]  # it beats
+        with locking.locked(workdir, hold=False):  # another process of the same run
+            assert holder(store, "held")["token"] == first["token"]
+    assert store.names("bucket", "held/") == []
+
+
+def test_dead_holder_is_succeeded(store, capsys):
+    store.put("bucket", "dead/.lock", b'{"host": "gone", "pid": 7, "token": "x"}')
+    with locking.locked(place("gs://bucket/dead")):
+        assert holder(store, "dead")["token"] != "x"
+    assert "Process 7 on gone holds the workdir; waiting" in capsys.readouterr().err
+    assert store.names("bucket", "dead/") == []
+
+
+def test_of_two_successors_one_wins(store):
+    store.put("bucket", "both/.lock", b"not json")
+    outcomes, done = [], threading.Event()
+
+    def succeed():
+        try:
+            with locking.locked(place("gs://bucket/both")):
+                outcomes.append("won")
+                done.wait(10)
+        except UserError:
+            outcomes.append("lost")
+            done.set()
+
+    threads = [threading.Thread(target=succeed) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(outcomes) == ["lost", "won"]
+
+
+def test_holder_that_was_overtaken_ends(store):
+    program = (
+        "import sys, time; from fdm_jax.training import locking; from fdm_jax.whole_files import place\n"
+        f"locking.BEAT = {BEAT}\n"
+        "with locking.locked(place('gs://bucket/lost')):\n    print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tiny.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == "held\n"
+    store.put("bucket", "lost/.lock", b'{"host": "other", "pid": 7, "token": "x"}')
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 2 and "Another process took over gs://bucket/lost" in said
+    assert holder(store, "lost")["token"] == "x"
