@@ -119,7 +119,9 @@ def test_processes_and_devices_give_one_curve(data_dir, tmp_path):
     assert_same_losses(tmp_path / "moved", tmp_path / "1x4")
     (moved, _), (straight, _) = checkpoint(tmp_path / "moved", 20), checkpoint(tmp_path / "1x4", 20)
     for name, value in straight.items():
-        np.testing.assert_allclose(moved[name], value, atol=2e-5, err_msg=name)
+        # The keys' bias has no gradient (softmax does not see it), and Adam makes steps of its rounding errors.
+        atol = 2e-4 if name.endswith("['qkv']['bias']") else 2e-5
+        np.testing.assert_allclose(moved[name], value, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize(
