@@ -21,6 +21,7 @@ import numpy as np
 from fdm_jax.cli.generate import parse_seeds
 from fdm_jax.cli.places import place_argument
 from fdm_jax.cli.sampling import (
+    add_checkpoint_argument,
     add_sampling_arguments,
     choose_labels,
     choose_steps,
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=10, metavar="N", help="for interpolate (default: %(default)s)")
     parser.add_argument("--seeds", default="0-7", help="such as 0-7 or 3,7 (default: %(default)s)")
     parser.add_argument("--class", dest="label", type=int, metavar="N", help="of the results (default: by seed)")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
+    add_checkpoint_argument(parser)
     add_sampling_arguments(parser)
 
 

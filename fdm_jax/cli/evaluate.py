@@ -32,7 +32,7 @@ import numpy as np
 from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
 from fdm_jax.cli.images import Images, existing_images, generated_images
 from fdm_jax.cli.places import place_argument
-from fdm_jax.cli.sampling import add_sampling_arguments
+from fdm_jax.cli.sampling import add_checkpoint_argument, add_sampling_arguments
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import make_folder, remove_folder, save_npz, write_whole
 
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=place_argument, metavar="DIR", help="of the results (default: in the workdir)")
     parser.add_argument("--keep-features", action="store_true", help="leave the features in that folder")
     parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
+    add_checkpoint_argument(parser)
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     add_distributed_argument(parser)
     add_sampling_arguments(parser)

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from fdm_jax.cli.places import place_argument
+from fdm_jax.cli.sampling import add_checkpoint_argument
 
 HELP = "write a model for PyTorch users"
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", choices=("safetensors", "torch"), default="safetensors", help="default: %(default)s"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new file, .safetensors or .pt")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
+    add_checkpoint_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

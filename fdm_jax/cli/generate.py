@@ -22,7 +22,13 @@ import numpy as np
 
 from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
 from fdm_jax.cli.places import place_argument
-from fdm_jax.cli.sampling import add_sampling_arguments, choose_labels, load_model, make_sampler
+from fdm_jax.cli.sampling import (
+    add_checkpoint_argument,
+    add_sampling_arguments,
+    choose_labels,
+    load_model,
+    make_sampler,
+)
 from fdm_jax.errors import UserError
 
 HELP = "generate images with a trained model"
@@ -35,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", default="0-63", help="such as 0-63 or 1,2,5-9 (default: %(default)s)")
     parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
+    add_checkpoint_argument(parser)
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     parser.add_argument("--columns", type=int, metavar="N", help="of a grid (default: as square as it gets)")
     add_sampling_arguments(parser)

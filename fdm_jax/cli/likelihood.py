@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fdm_jax.cli.places import place_argument
+from fdm_jax.cli.sampling import add_checkpoint_argument
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import resolved
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sigma-max", type=float, default=80.0, help="where noise is (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
+    add_checkpoint_argument(parser)
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the file of results (default: likelihood-SPLIT.jsonl in the workdir)"
     )

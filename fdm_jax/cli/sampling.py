@@ -142,8 +142,22 @@ class Loaded(NamedTuple):
     variables: dict[str, Any]
 
 
-def load_model(workdir: Path, step: int | None = None) -> Loaded:
-    """The averaged weights of a workdir, from the newest checkpoint by default.
+def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint."""
+    parser.add_argument(
+        "--checkpoint", type=_checkpoint, metavar="STEP", help="optimiser step, or best of those that the run evaluated "
+        "(default: the newest)",
+    )  # fmt: skip
+
+
+def _checkpoint(text: str) -> int | str:
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an optimiser step, or best, and is {text!r}.")
+    return text if text == "best" else int(text)
+
+
+def load_model(workdir: Path, step: int | str | None = None) -> Loaded:
+    """The averaged weights of a workdir, from the newest checkpoint by default; "best" stands for the best one.
 
     Raises:
       UserError: it is no workdir, or there is no such checkpoint.

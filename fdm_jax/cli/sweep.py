@@ -24,7 +24,15 @@ import numpy as np
 
 from fdm_jax.cli.generate import parse_seeds
 from fdm_jax.cli.places import place_argument
-from fdm_jax.cli.sampling import Loaded, add_range_and_guidance, choose_labels, load_guidance, load_model, make_sampler
+from fdm_jax.cli.sampling import (
+    Loaded,
+    add_checkpoint_argument,
+    add_range_and_guidance,
+    choose_labels,
+    load_guidance,
+    load_model,
+    make_sampler,
+)
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.whole_files import resolved
 
@@ -55,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num", type=int, default=1000, metavar="N", help="images of the Frechet distance (default: %(default)s)"
     )
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="optimiser step (default: the newest)")
+    add_checkpoint_argument(parser)
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     add_range_and_guidance(parser)
     parser.set_defaults(S_churn=0.0, S_min=0.0, S_max=float("inf"), S_noise=1.0, steps=None)

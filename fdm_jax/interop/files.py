@@ -66,14 +66,14 @@ def import_model(path: Path, workdir: Path) -> Model:
     return model
 
 
-def export_model(workdir: Path, path: Path, kind: str, step: int | None = None) -> dict[str, Any]:
+def export_model(workdir: Path, path: Path, kind: str, step: int | str | None = None) -> dict[str, Any]:
     """Writes a checkpoint's average under the original's names, and beside it ``PATH.json``, which describes it.
 
     Args:
       workdir: of a run or an import.
       path: a new file.
       kind: a key of :data:`FORMATS`.
-      step: of the checkpoint; the newest by default.
+      step: of the checkpoint, or "best"; the newest by default.
 
     Returns:
       The description.

@@ -25,6 +25,7 @@ from fdm_jax.whole_files import is_remote, move_folder, remove_folder, resolved
 
 log = logging.getLogger(__name__)
 
+BEST = "best"  # in the place of a step: the checkpoint with the lowest figure
 _MODEL = ("ema", "constants")
 _FIGURE = "figure"
 
@@ -178,8 +179,8 @@ class Checkpoints:
             )
         return None
 
-    def restore_model(self, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        """(step, {"params": EMA, ...constants}, meta) of one checkpoint, by default the newest that can be read.
+    def restore_model(self, step: int | str | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """(step, {"params": EMA, ...constants}, meta) of one checkpoint: "best", or by default the newest that can be read.
 
         Raises:
           UserError: no such checkpoint, or none that can be read.
@@ -187,6 +188,11 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             raise UserError(f"There is no checkpoint in {self._directory}: train first.")
+        if step == BEST and (step := self.best()) is None:
+            raise UserError(
+                f"No checkpoint in {self._directory} was evaluated while it was trained (config.eval.every_images), so none "
+                f"is the best: choose one of {', '.join(map(str, steps))}."
+            )
         if step is not None and step not in steps:
             raise UserError(f"There is no checkpoint of step {step}: choose one of {', '.join(map(str, steps))}.")
         for candidate in reversed(steps) if step is None else [step]:
