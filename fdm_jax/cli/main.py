@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from fdm_jax import __version__
 from fdm_jax.errors import UserError
+from fdm_jax.host_memory import keep_freed_memory
 
 COMMANDS = (
     "train",
@@ -76,6 +77,7 @@ def main(argv: Sequence[str]) -> int:
     """Run a command; returns its exit code: 0, 2 for what the user can mend, or 130 after Ctrl-C."""
     args = parse(argv)
     try:
+        keep_freed_memory()
         use_compile_cache()
         return args.run(args)
     except UserError as error:

@@ -83,6 +83,7 @@ def make_plan(experiment: Experiment, accelerator: Accelerator, num_devices: int
         accelerator=accelerator,
         num_devices=num_devices,
         utilisation=utilisation,
+        recomputed_flops=accounting.recomputed_flops(network, experiment.image_shape),
     )
 
 
