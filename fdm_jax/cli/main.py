@@ -27,6 +27,7 @@ COMMANDS = (
     "export",
     "plan",
     "bench",
+    "profile",
     "demo",
 )
 

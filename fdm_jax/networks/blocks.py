@@ -121,7 +121,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "auto
         check_cudnn(q.dtype, q.shape[-1])
         if (backend := jax.default_backend()) != "gpu":
             raise UserError(f"network.attention is 'cudnn', which runs on NVIDIA GPUs only, and this is a {backend}.")
-    return jax.nn.dot_product_attention(q, k, v, implementation=None if implementation == "auto" else implementation)
+    chosen: Any = None if implementation == "auto" else implementation
+    return jax.nn.dot_product_attention(q, k, v, implementation=chosen)
 
 
 def check_cudnn(dtype: Dtype, channels: int) -> None:
