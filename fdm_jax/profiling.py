@@ -189,6 +189,7 @@ def _category(parts: Sequence[tuple[str, str]]) -> str:
 
 
 OUTSIDE = "outside the network"
+UNNAMED = "unnamed"  # copies that the compiler puts in
 
 
 def module_of(op_name: str, parameters: Mapping[str, Any]) -> tuple[str, str]:
@@ -199,8 +200,11 @@ def module_of(op_name: str, parameters: Mapping[str, Any]) -> tuple[str, str]:
       parameters: of the network, nested as its modules are.
 
     Returns:
-      "dec_8x8_up/conv0", or :data:`OUTSIDE` (loss, draws, optimiser); and "forward", "backward" or "recomputed".
+      "dec_8x8_up/conv0", or :data:`OUTSIDE` (loss, draws, optimiser), or :data:`UNNAMED` if there is no path; and
+      "forward", "backward" or "recomputed", or of an operation of no module what it is instead of one.
     """
+    if not op_name:
+        return UNNAMED, UNNAMED
     path: list[str] = []
     tree: Any = parameters
     for part in op_name.split("/"):
@@ -209,9 +213,10 @@ def module_of(op_name: str, parameters: Mapping[str, Any]) -> tuple[str, str]:
         if isinstance(tree, Mapping) and part in tree and isinstance(tree[part], Mapping):
             path.append(part)
             tree = tree[part]
+    if not path:
+        return OUTSIDE, OUTSIDE
     recomputed = "rematted_computation" in op_name
-    which = "recomputed" if recomputed else "backward" if "transpose(" in op_name else "forward"
-    return "/".join(path) or OUTSIDE, which
+    return "/".join(path), "recomputed" if recomputed else "backward" if "transpose(" in op_name else "forward"
 
 
 def summarise(
@@ -240,8 +245,7 @@ def summarise(
     for op, (time, runs) in times.items():
         instruction = known.get(op, Instruction("not in the program", ""))
         module, which = module_of(instruction.op_name, parameters)
-        # A step's draws and optimiser have no direction.
-        sums["passes"][which if module != OUTSIDE else OUTSIDE] += time
+        sums["passes"][which] += time
         sums["categories"][instruction.category] += time
         sums["modules"][module] += time
         row = {"operation": op, "category": instruction.category, "module": module, "pass": which, "runs": runs / steps}

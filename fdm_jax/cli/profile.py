@@ -143,7 +143,9 @@ def render(summary: dict[str, Any], top: int) -> str:
         lines += ["", f"{'ms':>10} {'share':>6}  {title}"]
         for row in rows[:top]:
             name = row["name"] if "name" in row else row["operation"]
-            more = f"  {row['category']}, {row['module']}, {row['pass']}" if "operation" in row else ""
+            more = ""
+            if "operation" in row:
+                more = "  " + ", ".join(dict.fromkeys((row["category"], row["module"], row["pass"])))
             lines.append(f"{row['milliseconds']:>10.4g} {row['share']:>6.1%}  {name:<{WIDTH if more else 0}}{more}")
     lines.append("")
     for device, found in s["idle"].items():

