@@ -212,6 +212,7 @@ class Plan:
       nfe: passes per sample.
       accelerator, num_devices: what it runs on.
       utilisation: share of the accelerator's peak that the run is assumed to reach.
+      price: US dollars per device and hour, if known.
     """
 
     title: str
@@ -228,6 +229,7 @@ class Plan:
     num_devices: int
     utilisation: float
     recomputed_flops: int = 0
+    price: float | None = None
 
     @property
     def steps(self) -> int:
@@ -238,6 +240,11 @@ class Plan:
     def step_flops(self) -> int:
         """Of one optimiser step on all devices."""
         return self.batch_size * (TRAIN_PASSES * self.forward_flops + self.recomputed_flops)
+
+    @property
+    def training_flops(self) -> int:
+        """Of the whole run."""
+        return self.steps * self.step_flops
 
     @property
     def images_at_once(self) -> int:
@@ -263,6 +270,16 @@ class Plan:
         """Time that all devices together take for so many operations, at the assumed utilisation."""
         peak = self.accelerator.peak_tflops(self.dtype) * 1e12
         return flops / (peak * self.utilisation * self.num_devices)
+
+    @property
+    def images_per_second(self) -> float:
+        """In training, on all devices together."""
+        return self.batch_size / self.seconds(self.step_flops)
+
+    def dollars(self, flops: int) -> float:
+        """Price of that time on all devices; needs ``price``."""
+        assert self.price is not None
+        return self.seconds(flops) / 3600 * self.num_devices * self.price
 
     def fitting_accumulation(self) -> int | None:
         """The fewest rounds per step with which the run fits the memory; None if none does."""

@@ -19,7 +19,7 @@ def default_config() -> ConfigDict:
     """All fields.  Types are fixed by the values here; a field not named here does not exist."""
     config = ConfigDict()
     config.seed = 0  # of everything random: parameters, data order, noise
-    config.parallel = "jit"  # how several devices are used: jit (over a mesh) or pmap
+    config.parallel = "jit"  # how several devices are used: jit (over a mesh), fsdp (the state dealt out too) or pmap
     config.init_from = placeholder(str)  # a workdir whose averaged weights a new run starts from
     config.remat = ()  # resolutions whose blocks are computed again in the backward pass, to save memory: (32, 16)
     config.warmup_steps = 0  # FDM's loss-weight warm-up, in optimiser steps; 0: none
@@ -70,6 +70,7 @@ def default_config() -> ConfigDict:
     config.train.lr_rampup_images = 10_000_000.0
     config.train.ema_halflife_images = 500_000.0
     config.train.ema_rampup_ratio = 0.05  # half-life early on, as a share of the images seen
+    config.train.steps_at_once = 1  # steps per program, where to launch one costs more than to run it (small networks)
     config.train.max_bad_steps = 20  # stop after so many steps in a row with gradients that are not finite
 
     config.log = ConfigDict()

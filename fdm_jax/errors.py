@@ -1,4 +1,4 @@
-"""The one exception that a person is meant to read."""
+"""The exceptions that a person, or a launcher, is meant to read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ class UserError(ValueError):
     """A mistake in what the user gave: one sentence saying what, which value, and what would be right.
 
     The command line prints the sentence and exits with code 2; library callers may catch it.
+    """
+
+
+# BSD's EX_TEMPFAIL: try again later.
+RESTART_CODE = 75
+
+
+class RestartNeeded(RuntimeError):
+    """The work ended early through no fault of its own, and all that is needed to go on is saved.
+
+    The command line prints the sentence and exits with :data:`RESTART_CODE`: the same command goes on.
     """
 
 

@@ -24,7 +24,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # What may differ between a run and its continuation: how long it goes, what it reports, where its data lies, and
 # how its work is cut up, which changes numbers by rounding only.
 FREE_FIELDS = (
-    "init_from", "train.images", "train.accumulation", "train.max_bad_steps", "log.", "checkpoint.", "samples.", "eval.",
+    "init_from", "train.images", "train.accumulation", "train.max_bad_steps", "train.steps_at_once",
+    "log.", "checkpoint.", "samples.", "eval.",
     "parallel", "remat", "network.attention",
     "data.source", "data.data_dir", "data.cache_mb", "data.threads", "data.workers", "data.device_prefetch",
 )  # fmt: skip
@@ -125,6 +126,7 @@ def _train_spec(config: ConfigDict, num_classes: int) -> TrainSpec:
     for name, least in (
         ("train.images", 1), ("train.batch_size", 1), ("train.accumulation", 1), ("train.learning_rate", 0),
         ("train.lr_rampup_images", 0), ("train.ema_halflife_images", 0), ("train.max_bad_steps", 1),
+        ("train.steps_at_once", 1),
         ("warmup_steps", 0), ("seed", 0), ("log.every_images", 1), ("checkpoint.every_images", 1),
         ("checkpoint.keep_latest", 1), ("checkpoint.keep_every_images", 1), ("samples.every_images", 0),
         ("samples.columns", 1), ("samples.rows", 1), ("samples.steps", 1), ("data.threads", 1),

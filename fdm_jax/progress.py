@@ -33,10 +33,13 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note.strip())
         elif not self._quiet:
-            left = (self._total - self._done) / max(img_per_s, 1e-9)
+            speed = ""
+            if img_per_s > 0:
+                left = (self._total - self._done) / img_per_s
+                speed = f"{img_per_s:,.0f} img/s  {duration(left)} left"
             self.say(
                 f"{self._done:>11,} of {self._total:,} images ({self._done / self._total:4.0%})  {note}"
-                f"{'  ' if note else ''}{img_per_s:,.0f} img/s  {duration(left)} left"
+                f"{'  ' if note else ''}{speed}".rstrip()
             )
 
     def say(self, text: str) -> None:

@@ -25,12 +25,12 @@ import tiny
 from fdm_jax.data.digits import load_digits_arrays
 from fdm_jax.defaults import from_dict
 from fdm_jax.denoiser import make_denoise_fn
+from fdm_jax.devices import make_mesh
 from fdm_jax.evaluation.denoising import held_out_error
 from fdm_jax.evaluation.digits import DigitJudge
 from fdm_jax.experiment import Experiment
 from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
 from fdm_jax.training.checkpoints import Checkpoints
-from fdm_jax.training.parallel import make_mesh
 
 # variant: ((error, deviation) at 20k, 40k, 80k images, (accuracy, deviation), Frechet distance)
 ORIGINAL = {

@@ -1,6 +1,7 @@
 """The train step: the original's 20 steps, schedules, sanitising, accumulation, devices, pmap."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ import optax
 import pytest
 from conftest import nhwc
 
+from fdm_jax.devices import make_mesh
 from fdm_jax.errors import UserError
 from fdm_jax.families import EDM
 from fdm_jax.interop.state_dict import from_torch
 from fdm_jax.momentum import Momentum
 from fdm_jax.networks import SongUNet
-from fdm_jax.training.parallel import make_mesh, parallelise
+from fdm_jax.training import parallel as parallel_module
+from fdm_jax.training.parallel import parallelise
 from fdm_jax.training.schedules import ema_beta, learning_rate
 from fdm_jax.training.step import Draws, TrainSpec, TrainState, draw_for_examples, init_state, make_train_step, sanitise
 
@@ -145,6 +148,40 @@ def test_jit_over_eight_devices_equals_one(reference_run):
 
 def test_pmap_over_eight_devices_equals_jit(reference_run):
     assert_same_run(run("pmap", devices=8), reference_run)
+
+
+def test_steps_in_a_row_under_pmap(reference_run):
+    """Two as one program."""
+    mesh = make_mesh(jax.devices()[:2])
+    parallel = parallelise("pmap", lambda axis: make_train_step(NETWORK, FAMILY, SPEC, axis_name=axis), mesh)
+    state = parallel.put_state(jax.jit(lambda: init_state(NETWORK, SPEC, (8, 8, 1)))())
+    state, metrics = parallel.steps(state, parallel.put_batches([batch_at(0), batch_at(1)]))
+    np.testing.assert_allclose(parallel.get_metrics(metrics)["loss"], reference_run[0][:2], rtol=2e-5)
+    assert int(parallel.get_state(state).step) == 2
+
+
+def test_a_dealt_state_equals_a_whole_one(reference_run, monkeypatch):
+    """fsdp: each device holds a quarter of every array that divides, before and after the step."""
+    monkeypatch.setattr(parallel_module, "LEAST_DEALT", 16)
+    losses, state = run("fsdp", devices=4, accumulation=2)
+    assert_same_run((losses, state), reference_run)
+    held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state))
+    assert held < 0.35 * sum(leaf.size for leaf in jax.tree.leaves(state))
+    moment = state.opt_state[0].mu["enc_8x8_block0"]["conv0"]["kernel"]
+    assert {shard.data.shape for shard in moment.addressable_shards} == {(3, 3, 1, 4)}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_are_summed_over_the_devices_once(accumulation):
+    """One all-reduce in the whole compiled step, outside the loop over rounds, and no other talk between devices."""
+    spec = dataclasses.replace(SPEC, accumulation=accumulation)
+    parallel = parallelise("jit", lambda axis: make_train_step(NETWORK, FAMILY, spec, axis_name=axis), make_mesh())
+    state = jax.eval_shape(lambda: init_state(NETWORK, spec, (8, 8, 1)))
+    program = parallel.step.lower(state, batch_at(0)).compile().as_text()
+    talk = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
+    assert talk.findall(program) == talk.findall(program[program.index("\nENTRY") :]) == ["all-reduce"]
+    donated = re.search(r"input_output_alias=\{(.*)\}, entry", program)
+    assert donated[1].count("alias") == len(jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -7,12 +7,15 @@ import fdm_jax
 
 ROOT = pathlib.Path(fdm_jax.__file__).parent
 CORE = [
-    *(ROOT / f"{name}.py" for name in ("errors", "momentum", "families", "denoiser", "objective", "augment")),
+    *(
+        ROOT / f"{name}.py"
+        for name in ("errors", "devices", "momentum", "families", "denoiser", "objective", "augment")
+    ),
     *(ROOT / "networks").glob("*.py"),
     *(ROOT / "sampling").glob("*.py"),
     *(ROOT / "training" / f"{name}.py" for name in ("schedules", "step")),
 ]
-CORE_MODULES = ("errors", "momentum", "families", "denoiser", "objective", "augment", "networks", "sampling")
+CORE_MODULES = ("errors", "devices", "momentum", "families", "denoiser", "objective", "augment", "networks", "sampling")
 ALLOWED = {
     "__future__", "abc", "collections", "dataclasses", "difflib", "functools", "itertools", "math", "typing",
     "diffrax", "flax", "jax", "numpy", "optax",

@@ -156,7 +156,8 @@ def training_program(case: Case) -> Program:
     import jax
     import numpy as np
 
-    from fdm_jax.training.parallel import make_mesh, parallelise
+    from fdm_jax.devices import make_mesh
+    from fdm_jax.training.parallel import parallelise
     from fdm_jax.training.step import init_state, make_train_step
 
     network, spec = case.network, case.spec
@@ -198,8 +199,8 @@ def sampling_programs(case: Case, steps: int) -> tuple[Program, Program]:
     import jax
     import jax.numpy as jnp
 
+    from fdm_jax.devices import make_mesh, replicated, sharded
     from fdm_jax.sampling.generate import make_generate_fn
-    from fdm_jax.training.parallel import make_mesh, replicated, sharded
     from fdm_jax.training.step import init_state
 
     mesh, spec, network = make_mesh(), case.spec, case.network

@@ -30,12 +30,12 @@ def run(args: argparse.Namespace) -> int:
 
     from fdm_jax import pictures
     from fdm_jax.cli.config import load
+    from fdm_jax.devices import make_mesh
     from fdm_jax.evaluation.digits import DigitJudge
     from fdm_jax.experiment import Experiment, open_data
     from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
     from fdm_jax.training.checkpoints import Checkpoints
     from fdm_jax.training.loop import train
-    from fdm_jax.training.parallel import make_mesh
 
     logging.set_verbosity(logging.FATAL)
     config = load(args)

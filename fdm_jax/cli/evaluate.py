@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fdm_jax.cli.distributed import add_distributed_argument, initialise
+from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
 from fdm_jax.cli.images import Images, existing_images, generated_images
 from fdm_jax.cli.sampling import add_sampling_arguments
 from fdm_jax.errors import UserError
@@ -115,10 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Generate or read, extract, measure, write down."""
-    import jax
     from absl import logging
-
-    from fdm_jax.evaluation.measures import choose_metrics, measure
 
     if args.ref is None or (args.workdir is None) == (args.images is None):
         raise UserError(
@@ -127,7 +124,15 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.bootstrap < 0:
         raise UserError(f"--bootstrap must be 0 or more, and is {args.bootstrap}.")
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
-    initialise(args.distributed)
+    with joined(args.distributed, leave_on_sigterm=True):
+        return _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import jax
+
+    from fdm_jax.evaluation.measures import choose_metrics, measure
+
     images = generated_images(args) if args.images is None else existing_images(args)
     reference, extractor = open_reference(args.ref, args.extractor, args.weights, images.shape)
     metrics = choose_metrics(args.metrics.split(",") if args.metrics else None, reference, extractor)
@@ -180,18 +185,16 @@ def extract_all(
       UserError: the folder holds an evaluation of other settings, or cannot be written.
     """
     import jax
-    from jax.experimental import multihost_utils
 
+    from fdm_jax.devices import make_mesh
     from fdm_jax.evaluation.extractors import FeatureMaker
     from fdm_jax.evaluation.moments import check_finite
     from fdm_jax.progress import Progress
-    from fdm_jax.training.parallel import make_mesh
 
-    pieces, many = folder / "features", jax.process_count() > 1
+    pieces = folder / "features"
     if jax.process_index() == 0:
         _claim(folder, settings | {"piece": images.piece})
-    if many:
-        multihost_utils.sync_global_devices("the folder is ready")
+    wait_for_all("the folder is ready")
     ours = range(0, images.num, images.piece)[jax.process_index() :: jax.process_count()]
     missing = [start for start in ours if not (pieces / f"{start:09d}.npz").exists()]
     total, left = (sum(min(images.piece, images.num - start) for start in starts) for starts in (ours, missing))
@@ -206,8 +209,7 @@ def extract_all(
         progress.advance(total - left + done)
         progress.report(done / (time.monotonic() - began))
     progress.close()
-    if many:
-        multihost_utils.sync_global_devices("all features are there")
+    wait_for_all("all features are there")
     return time.monotonic() - began
 
 
@@ -266,11 +268,11 @@ def batches(source: Source, num: int, size: int = 512) -> Iterator[dict[str, np.
 
 def make_reference(args: argparse.Namespace) -> int:
     """Statistics of a data set."""
+    from fdm_jax.devices import make_mesh
     from fdm_jax.evaluation.extractors import FeatureMaker, open_extractor
     from fdm_jax.evaluation.moments import Moments
     from fdm_jax.evaluation.references import Reference, save_reference
     from fdm_jax.progress import Progress
-    from fdm_jax.training.parallel import make_mesh
 
     if args.out.suffix != ".npz":
         raise UserError(f"--out must end in .npz, and is {args.out}.")

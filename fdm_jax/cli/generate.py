@@ -6,7 +6,7 @@
   fdm generate --workdir=runs/digits --out=fast.png --solver=unipc-2 --grid=log-snr --nfe=10
 
 A seed decides its image (and its class, unless --class is given) whatever is generated beside it.  A command
-that was stopped goes on where it was.
+that was stopped goes on where it was.  Several processes share the work by --distributed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
 from fdm_jax.cli.sampling import add_sampling_arguments, choose_labels, load_model, make_sampler
 from fdm_jax.errors import UserError
 
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     parser.add_argument("--columns", type=int, metavar="N", help="of a grid (default: as square as it gets)")
     add_sampling_arguments(parser)
+    add_distributed_argument(parser)
 
 
 def parse_seeds(text: str) -> np.ndarray:
@@ -71,40 +73,65 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} must be 1 or more, and is {value}.")
 
     from absl import logging
+
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
+    with joined(args.distributed, leave_on_sigterm=True):
+        _generate(args, seeds)
+    return 0
+
+
+def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
+    """Each process makes every so-manieth batch on its own devices, in a folder that all of them see."""
+    import jax
     from tqdm import tqdm
 
     from fdm_jax import pictures
+    from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
-    from fdm_jax.training.parallel import make_mesh
 
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     model = load_model(args.workdir, args.checkpoint)
     labels = choose_labels(args.label, seeds, model.experiment.num_classes)
     sampler = make_sampler(args, model)
-    out = _Output(args.out, sampler.settings)
+    out, first = _Output(args.out), jax.process_index() == 0
+    if first:
+        out.claim(sampler.settings)
+    wait_for_all("the folder is ready")
     missing = np.flatnonzero([not out.has(int(seed)) for seed in seeds])
+    wait_for_all("the folder was looked through")
     if len(missing):
-        generator = BatchedGenerator(sampler.generate, make_mesh(), min(args.batch, len(missing)))
-        with tqdm(total=len(seeds), initial=len(seeds) - len(missing), unit="img", disable=None) as bar:
-            for rows, images in generator(sampler.variables, seeds[missing], labels[missing]):
-                for seed, image in zip(seeds[missing][rows], images, strict=True):
-                    out.put(int(seed), image)
-                bar.update(len(images))
-    out.finish(seeds, labels, args.columns or int(np.ceil(np.sqrt(len(seeds)))), pictures)
-    print(
-        f"{len(seeds):,} images in {args.out} (checkpoint of step {model.checkpoint:,}, {args.solver}, {sampler.nfe} NFE)."
-    )
-    return 0
+        mesh = make_mesh(jax.local_devices())
+        generator = BatchedGenerator(sampler.generate, mesh, min(args.batch, len(missing)))
+        batches = [
+            missing[start : start + generator.batch_size] for start in range(0, len(missing), generator.batch_size)
+        ]
+        done = len(seeds) - len(missing)
+        with tqdm(total=len(seeds), initial=done, unit="img", disable=None if first else True) as bar:
+            for ours in batches[jax.process_index() :: jax.process_count()]:
+                for _, images in generator(sampler.variables, seeds[ours], labels[ours]):
+                    for seed, image in zip(seeds[ours], images, strict=True):
+                        out.put(int(seed), image)
+                    bar.update(min(len(images) * jax.process_count(), len(seeds) - bar.n))  # the others are as far
+    wait_for_all("all images are there")
+    if first:
+        out.finish(seeds, labels, args.columns or int(np.ceil(np.sqrt(len(seeds)))), pictures)
+        print(
+            f"{len(seeds):,} images in {args.out} (checkpoint of step {model.checkpoint:,}, {args.solver}, "
+            f"{sampler.nfe} NFE)."
+        )
 
 
 class _Output:
     """A folder of PNGs by seed; for a grid or an npz that folder is a temporary one beside it."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
+    def __init__(self, path: Path):
         if path.suffix not in ("", ".png", ".npz"):
             raise UserError(f"--out must be a folder or end in .png or .npz, and is {path}.")
         self.path = path
         self.folder = path if path.suffix == "" else path.with_name(f"{path.name}.parts")
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Make the folder, unless it holds images of other settings."""
+        path = self.path
         record = self.folder / "settings.json"
         if record.exists():
             before = json.loads(record.read_text())

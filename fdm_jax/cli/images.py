@@ -41,8 +41,8 @@ def generated_images(args: argparse.Namespace) -> Images:
     """
     import jax
 
+    from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
-    from fdm_jax.training.parallel import make_mesh
 
     model = load_model(args.workdir, args.checkpoint)
     sampler, num = make_sampler(args, model), args.num or 50_000

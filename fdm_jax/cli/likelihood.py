@@ -58,10 +58,10 @@ def run(args: argparse.Namespace) -> int:
 
     from fdm_jax.cli.record import Record
     from fdm_jax.cli.sampling import load_model
+    from fdm_jax.devices import make_mesh
     from fdm_jax.experiment import open_data
     from fdm_jax.progress import Progress
     from fdm_jax.sampling.grids import check_range, sampling_range
-    from fdm_jax.training.parallel import make_mesh
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     model = load_model(args.workdir, args.checkpoint)
@@ -120,10 +120,10 @@ def compile_bits(experiment: Any, span: tuple[float, float], args: argparse.Name
     import jax
     import jax.numpy as jnp
 
+    from fdm_jax.devices import replicated, sharded
     from fdm_jax.sampling.flow import bits_per_dim, exact_trace, hutchinson, log_likelihood
     from fdm_jax.sampling.generate import make_model_denoiser
     from fdm_jax.sampling.seeds import dequantise, signs
-    from fdm_jax.training.parallel import replicated, sharded
 
     shape = experiment.image_shape
     model_denoiser = make_model_denoiser(experiment.network, experiment.family, experiment.num_classes)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from fdm_jax import __version__
-from fdm_jax.errors import UserError
+from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError
 from fdm_jax.host_memory import keep_freed_memory
 
 COMMANDS = (
@@ -75,7 +75,7 @@ def use_compile_cache() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command; returns its exit code: 0, 2 for what the user can mend, or 130 after Ctrl-C."""
+    """Run a command; returns its exit code: 0, 2 for what the user can mend, 75 for "start me again", or 130 after Ctrl-C."""
     args = parse(argv)
     try:
         keep_freed_memory()
@@ -83,6 +83,9 @@ def main(argv: Sequence[str]) -> int:
         return args.run(args)
     except UserError as error:
         sentence = str(error)
+    except RestartNeeded as error:
+        print(f"fdm {args.command}: {error}", file=sys.stderr)
+        return RESTART_CODE
     except KeyboardInterrupt:
         print(f"fdm {args.command}: stopped; the same command begins again or goes on.", file=sys.stderr)
         return 130

@@ -1,15 +1,19 @@
-"""Say what a configuration needs in memory, operations and time, without running it.
+"""Say what a configuration needs in memory, operations, time and money, without running it.
 
   fdm plan --config=configs/edm.py:cifar10
-  fdm plan --config=configs/edm.py:ffhq64 --config.network.dtype=bfloat16 --device=tpu-v4 --num-devices=32
+  fdm plan --config=configs/edm.py:ffhq64 --config.network.dtype=bfloat16 --device=tpu-v4 --num-devices=16 --price=3.22
 
 Operations and the size of the network are counted from its shapes.  The time follows from the device's peak rate,
 as its vendor gives it, and from the share of it that the run is assumed to reach: `fdm bench` measures that share.
+The cost is that time at the price you give; nothing is looked up.  Devices are counted as JAX counts them: chips,
+on TPU v4 and later (a v4-32 slice has 16, a v5litepod-16 also), and cores on TPU v3.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from typing import TYPE_CHECKING
 
 from fdm_jax.errors import UserError, nearest
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
     from fdm_jax.accounting import Accelerator, Plan
     from fdm_jax.experiment import Experiment
 
-HELP = "say what a configuration needs in memory, operations and time"
+HELP = "say what a configuration needs in memory, operations, time and money"
 
 SAMPLES = 50_000  # what an FID takes
 GPU_SHARE = 0.75  # of a GPU's memory, which JAX takes unless told otherwise
@@ -35,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--utilisation", type=float, default=0.35, metavar="SHARE",
         help="share of the device's peak that the run is assumed to reach (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--price", type=float, metavar="USD", help="of one device for an hour; adds what the run costs")
+    parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,12 +54,17 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--num-devices must be 1 or more, and is {args.num_devices}.")
     if not 0 < args.utilisation <= 1:
         raise UserError(f"--utilisation must be above 0 and at most 1, and is {args.utilisation}.")
+    if args.price is not None and not 0 < args.price < math.inf:
+        raise UserError(f"--price must be US dollars above 0 per device and hour, and is {args.price}.")
     experiment = Experiment.from_config(load(args))
-    print(render(make_plan(experiment, ACCELERATORS[args.device], args.num_devices, args.utilisation)))
+    plan = make_plan(experiment, ACCELERATORS[args.device], args.num_devices, args.utilisation, args.price)
+    print(json.dumps(figures(plan)) if args.json else render(plan))
     return 0
 
 
-def make_plan(experiment: Experiment, accelerator: Accelerator, num_devices: int, utilisation: float) -> Plan:
+def make_plan(
+    experiment: Experiment, accelerator: Accelerator, num_devices: int, utilisation: float, price: float | None = None
+) -> Plan:
     """Count what an experiment needs; nothing is compiled, but its network is traced, which takes seconds.
 
     Raises:
@@ -84,14 +95,43 @@ def make_plan(experiment: Experiment, accelerator: Accelerator, num_devices: int
         num_devices=num_devices,
         utilisation=utilisation,
         recomputed_flops=accounting.recomputed_flops(network, experiment.image_shape),
+        price=price,
     )
+
+
+def figures(plan: Plan) -> dict[str, str | int | float | bool | None]:
+    """The plan for programs.  What follows from the assumed utilisation has ``estimated`` in its name."""
+    sampling = SAMPLES * plan.nfe * plan.forward_flops
+    priced = plan.price is not None
+    return {
+        "title": plan.title,
+        "device": plan.accelerator.title,
+        "num_devices": plan.num_devices,
+        "dtype": plan.dtype,
+        "assumed_utilisation": plan.utilisation,
+        "assumed_price": plan.price,
+        "parameters": plan.parameters,
+        "forward_flops": plan.forward_flops,
+        "state_bytes": plan.state_bytes,
+        "activation_bytes": plan.activation_bytes,
+        "fits": plan.memory_share <= 1,
+        "steps": plan.steps,
+        "batch_size": plan.batch_size,
+        "training_flops": plan.training_flops,
+        "sampling_flops": sampling,
+        "estimated_images_per_second": plan.images_per_second,
+        "estimated_training_seconds": plan.seconds(plan.training_flops),
+        "estimated_sampling_seconds": plan.seconds(sampling),
+        "estimated_training_dollars": plan.dollars(plan.training_flops) if priced else None,
+        "estimated_sampling_dollars": plan.dollars(sampling) if priced else None,
+    }
 
 
 def render(plan: Plan) -> str:
     """The plan in words: one fact per line, then what to beware of."""
     device, step_seconds = plan.accelerator, plan.seconds(plan.step_flops)
     image_flops = plan.step_flops // plan.batch_size
-    training, sampling = plan.steps * plan.step_flops, SAMPLES * plan.nfe * plan.forward_flops
+    training, sampling = plan.training_flops, SAMPLES * plan.nfe * plan.forward_flops
     at_once = f"{plan.images_at_once:,} images" + (f" ({plan.accumulation} rounds)" if plan.accumulation > 1 else "")
     facts = [
         ("parameters", f"{plan.parameters:,}"),
@@ -100,14 +140,18 @@ def render(plan: Plan) -> str:
         ("  state", f"{_size(plan.state_bytes)}: parameters, gradients, Adam's moments, EMA; float32"),
         ("  activations", f"about {_size(plan.activation_bytes)}: {at_once} at a time; {plan.dtype}"),
         ("training", f"{plan.steps:,} steps of {plan.batch_size:,} images, {_flops(training)}"),
-        ("  estimate", f"{_duration(plan.seconds(training))}, {_duration(step_seconds)} per step"),
+        ("  speed", f"about {plan.images_per_second:,.0f} img/s, {_duration(step_seconds)} per step"),
+        ("  time", f"about {_duration(plan.seconds(training))}"),
+        *_cost(plan, training),
         ("sampling", f"{SAMPLES:,} images at {plan.nfe} NFE, {_flops(sampling)}"),
-        ("  estimate", _duration(plan.seconds(sampling))),
+        ("  time", f"about {_duration(plan.seconds(sampling))}"),
+        *_cost(plan, sampling),
     ]
     lines = [plan.title, *(f"  {name:<15}{fact}" for name, fact in facts)]
     lines.append(
         f"Estimates, not measurements: they assume that {plan.num_devices} x {device.title} reach {plan.utilisation:.0%} "
         f"of the vendor's {device.peak_tflops(plan.dtype):g} TFLOP/s in {plan.dtype}, and are as good as that assumption."
+        + ("" if plan.price is None else " The price is yours, and covers devices alone: no storage, no waiting.")
     )
     if plan.memory_share > 1:
         rounds = plan.fitting_accumulation()
@@ -125,6 +169,14 @@ def render(plan: Plan) -> str:
     if step_seconds < SHORT_STEP:
         lines.append("Note: steps so short are bound by launching kernels and loading data, and will take longer.")
     return "\n".join(lines)
+
+
+def _cost(plan: Plan, flops: int) -> list[tuple[str, str]]:
+    """One line if there is a price, else none."""
+    if plan.price is None:
+        return []
+    hours = plan.seconds(flops) / 3600 * plan.num_devices
+    return [("  cost", f"about ${plan.dollars(flops):,.2f}: {hours:.3g} device hours at ${plan.price:,.2f}")]
 
 
 def _size(count: int) -> str:

@@ -157,11 +157,11 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
     import jax
     import jax.numpy as jnp
 
+    from fdm_jax.devices import make_mesh, replicated, sharded
     from fdm_jax.sampling.flow import reference_samples
     from fdm_jax.sampling.generate import make_model_denoiser
     from fdm_jax.sampling.grids import check_range, sampling_range
     from fdm_jax.sampling.seeds import latents
-    from fdm_jax.training.parallel import make_mesh, replicated, sharded
 
     file = args.out / "reference.npy"
     if file.exists():
@@ -210,12 +210,12 @@ def judge_case(
     judge: tuple[Reference, Extractor] | None, solver: str,
 ) -> tuple[np.ndarray, dict[str, float | None]]:  # fmt: skip
     """The first images, and figures of a row: distance and its standard error, Frechet distance if there is a judge."""
+    from fdm_jax.devices import make_mesh
     from fdm_jax.evaluation.extractors import FeatureMaker
     from fdm_jax.evaluation.frechet import frechet_distance
     from fdm_jax.evaluation.moments import Moments
     from fdm_jax.sampling.generate import BatchedGenerator
     from fdm_jax.sampling.solvers import SOLVERS
-    from fdm_jax.training.parallel import make_mesh
 
     classes = model.experiment.num_classes
     generator = BatchedGenerator(sampler.generate, make_mesh(), min(args.batch, len(seeds)))

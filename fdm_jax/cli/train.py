@@ -5,12 +5,17 @@
 
 The workdir receives checkpoints, metrics.jsonl, TensorBoard files, grids of samples and the configuration.
 Ctrl-C and SIGTERM save before they end the run.
+
+Several processes, of one machine or many, give the same command with --distributed; the workdir is one that all of them
+see.  SIGTERM to one of them saves in all at the same step, and ends them with exit code 75: "start me again".
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+from fdm_jax.cli.distributed import add_distributed_argument, joined
 
 HELP = "train a model, or go on with a run"
 
@@ -19,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fdm_jax.cli.config import add_config_argument
 
     add_config_argument(parser)
+    add_distributed_argument(parser)
     parser.add_argument(
         "--workdir", required=True, type=Path, metavar="DIR", help="where everything of the run is kept"
     )
@@ -42,13 +48,18 @@ def run(args: argparse.Namespace) -> int:
     if args.init_from:
         args.overrides.append(f"--config.init_from={args.init_from}")
     config = load(args)
-    source = open_data(config)
-    experiment = Experiment.from_config(config, source.spec)
-    print(f"Data: {source.spec}. Devices: {jax.device_count()} x {jax.devices()[0].device_kind}.", flush=True)
-    if args.dry_run:
-        experiment.check_devices(jax.device_count())
-        print(to_json(config), end="")
-        return 0
-    logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
-    train(experiment, source, args.workdir)
+    with joined(args.distributed):
+        source = open_data(config)
+        experiment = Experiment.from_config(config, source.spec)
+        if jax.process_index() == 0:
+            processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+            kind = jax.devices()[0].device_kind
+            print(f"Data: {source.spec}. Devices: {jax.device_count()} x {kind}{processes}.", flush=True)
+        if args.dry_run:
+            experiment.check_devices(jax.device_count())
+            if jax.process_index() == 0:
+                print(to_json(config), end="")
+            return 0
+        logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
+        train(experiment, source, args.workdir)
     return 0

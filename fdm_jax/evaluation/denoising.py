@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
+from fdm_jax.devices import fetch, put
+
 
 class DenoisingError:
     """EDM-weighted denoising error of models of one kind, compiled once.
@@ -30,10 +32,10 @@ class DenoisingError:
     def __init__(
         self, denoise_fn: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array], images: np.ndarray,
         labels: np.ndarray, *, sigma_data: float = 0.5, seed: int = 0, batch_size: int = 256,
-        rows: jax.sharding.Sharding | None = None,
+        rows: jax.sharding.NamedSharding | None = None,
     ):  # fmt: skip
         self._images, self._labels = np.asarray(images, np.float32), np.asarray(labels, np.int32)
-        self._seed, self._batch_size = seed, batch_size
+        self._seed, self._batch_size, self._rows = seed, batch_size, rows
 
         def errors(variables: Any, y: jax.Array, n: jax.Array, sigma: jax.Array, labels: jax.Array) -> jax.Array:
             D_x = denoise_fn(variables, y + sigma[:, None, None, None] * n, sigma, labels)
@@ -75,7 +77,8 @@ class DenoisingError:
             part = [a[start : start + size] for a in (images, noise, sigma, labels)]
             n = len(part[0])
             padded = [np.pad(a, [(0, size - n)] + [(0, 0)] * (a.ndim - 1), mode="edge") for a in part]
-            parts.append(np.asarray(self._errors(variables, *padded), np.float64)[:n])
+            placed = padded if self._rows is None else put(padded, self._rows)
+            parts.append(fetch(self._errors(variables, *placed)).astype(np.float64)[:n])
         return np.concatenate(parts)
 
 

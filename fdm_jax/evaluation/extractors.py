@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdm_jax.devices import fetch, put, replicated, sharded
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.evaluation.weights import sha256
 
@@ -114,11 +115,10 @@ class FeatureMaker:
     """
 
     def __init__(self, extractor: Extractor, mesh: jax.sharding.Mesh, batch_size: int):
-        from fdm_jax.training.parallel import replicated, sharded
-
         rows, whole = sharded(mesh), replicated(mesh)
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._variables = jax.device_put(extractor.variables, whole)
+        self._rows = rows
+        self._variables = put(extractor.variables, whole)
         self._apply = jax.jit(extractor.apply, in_shardings=(whole, rows), out_shardings=rows)
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -127,8 +127,8 @@ class FeatureMaker:
         for start in range(0, len(images), self.batch_size):
             part = images[start : start + self.batch_size]
             fill = [(0, self.batch_size - len(part))] + [(0, 0)] * (images.ndim - 1)
-            of_part, logits_of_part = self._apply(self._variables, jnp.asarray(np.pad(part, fill, mode="edge")))
-            features.append(np.asarray(of_part, np.float32)[: len(part)])
+            of_part, logits_of_part = self._apply(self._variables, put(np.pad(part, fill, mode="edge"), self._rows))
+            features.append(fetch(of_part).astype(np.float32)[: len(part)])
             if logits_of_part is not None:
-                logits.append(np.asarray(logits_of_part, np.float32)[: len(part)])
+                logits.append(fetch(logits_of_part).astype(np.float32)[: len(part)])
         return np.concatenate(features), np.concatenate(logits) if logits else None

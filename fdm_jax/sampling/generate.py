@@ -8,11 +8,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from fdm_jax.denoiser import DenoiseFn, make_denoise_fn
+from fdm_jax.devices import fetch, put, replicated, sharded
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.families import Family
 from fdm_jax.sampling.edm import Churn
@@ -137,25 +136,21 @@ class BatchedGenerator:
 
     Args:
       generate: from :func:`make_generate_fn`.
-      mesh: one axis, over which the rows of a batch are dealt.
+      mesh: one axis, over which the rows of a batch are dealt; every process of it calls, and gets all images.
       batch_size: rounded up to a multiple of the devices.
     """
 
     def __init__(self, generate: GenerateFn, mesh: jax.sharding.Mesh, batch_size: int):
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        rows, whole = NamedSharding(mesh, PartitionSpec(*mesh.axis_names)), NamedSharding(mesh, PartitionSpec())
+        self._rows, self._whole = rows, whole = sharded(mesh), replicated(mesh)
         self._generate = jax.jit(generate, in_shardings=(whole, rows, rows), out_shardings=rows)
-        self._place = lambda tree: jax.device_put(tree, whole)
 
     def __call__(self, variables: Any, seeds: np.ndarray, labels: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield (rows, images uint8 [n, H, W, C]) for consecutive runs of seeds [N] and labels [N]."""
-        variables = self._place(variables)
+        variables = put(variables, self._whole)
         for start in range(0, len(seeds), self.batch_size):
             rows = slice(start, min(start + self.batch_size, len(seeds)))
             fill = (0, self.batch_size - (rows.stop - rows.start))
-            images = self._generate(
-                variables,
-                jnp.asarray(np.pad(seeds[rows].astype(np.uint32), fill, mode="edge")),
-                jnp.asarray(np.pad(labels[rows].astype(np.int32), fill, mode="edge")),
-            )
-            yield rows, np.asarray(images)[: rows.stop - rows.start]
+            part = (seeds[rows].astype(np.uint32), labels[rows].astype(np.int32))
+            padded = put(tuple(np.pad(a, fill, mode="edge") for a in part), self._rows)
+            yield rows, fetch(self._generate(variables, *padded))[: rows.stop - rows.start]

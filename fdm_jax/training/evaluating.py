@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fdm_jax.denoiser import make_denoise_fn
+from fdm_jax.devices import sharded
 from fdm_jax.errors import UserError
 from fdm_jax.evaluation.denoising import DenoisingError
 from fdm_jax.evaluation.extractors import FeatureMaker, open_extractor
@@ -20,7 +21,6 @@ from fdm_jax.evaluation.references import check_fits, load_reference
 from fdm_jax.experiment import Experiment, open_data
 from fdm_jax.sampling import seeds as draws
 from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
-from fdm_jax.training.parallel import sharded
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the curves
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import fcntl
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,18 +19,20 @@ from fdm_jax import pictures
 from fdm_jax.data.pipeline import Batches, make_batches
 from fdm_jax.data.sources import Source
 from fdm_jax.defaults import to_json
-from fdm_jax.errors import UserError
+from fdm_jax.devices import make_mesh
+from fdm_jax.errors import RestartNeeded, UserError
 from fdm_jax.experiment import Experiment, differing_fields
 from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
 from fdm_jax.training.checkpoints import Checkpoints, check_alike
 from fdm_jax.training.evaluating import Evaluator
-from fdm_jax.training.parallel import make_mesh, parallelise, replicated
+from fdm_jax.training.parallel import parallelise
 from fdm_jax.training.step import TrainState, init_state, make_train_step
+from fdm_jax.training.stopping import stop_requests
 from fdm_jax.training.writers import Writers, write_text
 
-# Steps sent to the devices before the metrics of the first are waited for: keeps them busy, bounds the queue.
-STEPS_IN_FLIGHT = 4
+# Programs sent to the devices before the metrics of the first are waited for: keeps them busy, bounds the queue.
+PROGRAMS_IN_FLIGHT = 4
 
 
 def train(experiment: Experiment, source: Source, workdir: Path) -> bool:
@@ -46,10 +47,13 @@ def train(experiment: Experiment, source: Source, workdir: Path) -> bool:
       source: the data.
       workdir: made if it is not there.
 
+    Several processes call it alike, with a workdir that all of them see.
+
     Returns:
       True if the run is complete; False if a signal (SIGTERM, Ctrl-C) ended it early, saved.
 
     Raises:
+      RestartNeeded: one of several processes was told to end; the run is saved.
       UserError: the workdir is in use or belongs to another configuration, the batch cannot be dealt to the
         devices, or the gradients were not finite too often in a row.
     """
@@ -73,6 +77,7 @@ class _Run:
             self.mesh,
         )
         self.total_steps = -(-self.config.train.images // self.batch_size)
+        self.at_once = self.config.train.steps_at_once
         self.checkpoint_steps = self._steps(self.config.checkpoint.every_images)
         keep = round(self.config.checkpoint.keep_every_images / self.batch_size / self.checkpoint_steps)
         self.checkpoints = Checkpoints(
@@ -92,12 +97,13 @@ class _Run:
             num_threads=self.config.data.threads,
             num_workers=self.config.data.workers,
         )
-        self.placed: collections.deque[Any] = collections.deque()  # batches on the devices, not used yet
+        # Batches on the devices, not used yet: how many together, and they.
+        self.placed: collections.deque[tuple[int, Any]] = collections.deque()
         self.generator: BatchedGenerator | None = None
 
     def _steps(self, images: int) -> int:
-        """An interval in images as the nearest number of whole steps."""
-        return max(round(images / self.batch_size), 1)
+        """An interval in images as the nearest number of whole programs, in steps."""
+        return max(round(images / self.batch_size / self.at_once), 1) * self.at_once
 
     def _check_config(self) -> None:
         meta = self.checkpoints.latest_meta()
@@ -117,15 +123,20 @@ class _Run:
             write_text(self.workdir / "config.json", to_json(self.config))
 
     def _initial_state(self) -> TrainState:
-        """From the newest checkpoint, or fresh; replicated over the mesh."""
-        whole = replicated(self.mesh)
+        """From the newest checkpoint, or fresh; canonical."""
+
+        def fresh() -> TrainState:
+            return init_state(self.experiment.network, self.experiment.spec, self.experiment.image_shape)
+
+        shapes = jax.eval_shape(fresh)
+        shardings = self.parallel.state_sharding(shapes)
         init = jax.jit(
-            lambda: init_state(self.experiment.network, self.experiment.spec, self.experiment.image_shape),
-            out_shardings=whole,
+            fresh,
+            out_shardings=shardings,
             # Run once: LLVM's optimisations would take three times as long as they save.
             compiler_options={"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None,
         )
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), jax.eval_shape(init))
+        like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
         restored = self.checkpoints.restore(like)
         if restored is None:
             state = init()
@@ -153,7 +164,10 @@ class _Run:
         # Computed, not put: what is put on a device may share memory with where it came from, and the first step gives
         # both parameters and average away.
         host = jax.tree.map(np.asarray, variables)
-        copies = jax.jit(lambda v: jax.tree.map(jnp.copy, (v, v["params"])), out_shardings=replicated(self.mesh))
+        shardings = jax.tree.map(lambda a: a.sharding, {"params": state.params, **state.constants})
+        copies = jax.jit(
+            lambda v: jax.tree.map(jnp.copy, (v, v["params"])), out_shardings=(shardings, shardings["params"])
+        )
         own, ema = copies(host)
         return state.replace(params=own.pop("params"), ema=ema, constants=own)
 
@@ -177,40 +191,48 @@ class _Run:
         tick = time.monotonic()
 
         def fetch(most: int) -> None:
-            """Wait for metrics until at most so many steps are in flight."""
+            """Wait for metrics until at most so many programs are in flight."""
             while len(pending) > most:
-                row = {k: float(v) for k, v in jax.device_get(parallel.get_metrics(pending.popleft())).items()}
-                rows.append(row)
-                if row["bad_steps"] >= self.config.train.max_bad_steps:
+                fetched = jax.device_get(parallel.get_metrics(pending.popleft()))
+                columns = {key: np.atleast_1d(value).tolist() for key, value in fetched.items()}
+                for values in zip(*columns.values(), strict=True):
+                    rows.append(dict(zip(columns, map(float, values), strict=True)))
+                bad_steps = int(rows[-1]["bad_steps"])
+                if bad_steps >= self.config.train.max_bad_steps:
                     raise UserError(
-                        f"The gradients were not finite in {int(row['bad_steps'])} steps in a row, up to step "
-                        f"{step - len(pending)}: train.learning_rate ({self.config.train.learning_rate}) may be too "
-                        f"high; the newest checkpoint is of step {max(self.checkpoints.steps(), default=0)}."
+                        f"The gradients were not finite in {bad_steps} steps in a row: train.learning_rate "
+                        f"({self.config.train.learning_rate}) may be too high; the newest checkpoint is of step "
+                        f"{max(self.checkpoints.steps(), default=0)}."
                     )
 
-        with _stop_signal() as stop, contextlib.ExitStack() as closing:
+        with stop_requests() as stop, self._closing() as closing:
             closing.callback(self.checkpoints.close)
             closing.callback(self.batches.close)
             closing.callback(progress.close)
             if writers is not None:
                 closing.callback(writers.close)
-            while step < self.total_steps and not stop:
-                device_state, metrics = parallel.step(device_state, self._next_batch(self.total_steps - step))
-                step += 1
+            stopping, programs, warm_from = False, 0, first_step
+            while step < self.total_steps and not stopping:
+                count, batch = self._next_batches(step)
+                device_state, metrics = (parallel.step if count == 1 else parallel.steps)(device_state, batch)
+                programs += 1
+                step += count
                 nimg = step * self.batch_size
                 pending.append(metrics)
-                if step == first_step + 1:
+                if programs == 1:
                     fetch(0)
+                    warm_from = step
                     progress.say(f"First step done {time.monotonic() - self.began:.1f} s after the start.")
                     tick = time.monotonic()  # compilation is not training speed
-                fetch(STEPS_IN_FLIGHT)
+                fetch(PROGRAMS_IN_FLIGHT)
                 progress.advance(nimg)
                 last = step == self.total_steps
-                if step % log_steps == 0 or last or stop:
+                stopping = stop.after(programs)
+                if step % log_steps == 0 or last or stopping:
                     fetch(0)
                     now = time.monotonic()
                     row = _summary(step, nimg, rows)
-                    counted = len(rows) - (1 if step - len(rows) == first_step else 0)
+                    counted = step - max(step - len(rows), warm_from)
                     row["img_per_s"] = counted * self.batch_size / max(now - tick, 1e-9)
                     row["seconds"] = seconds_before + now - self.began
                     if writers is not None:
@@ -220,10 +242,10 @@ class _Run:
                     tick = now
                 # Before the checkpoint: after a crash between the two, the run goes on from before both.
                 figure = None
-                if eval_steps and (step % eval_steps == 0 or last) and not stop:
+                if eval_steps and (step % eval_steps == 0 or last) and not stopping:
                     fetch(0)
                     began = time.monotonic()
-                    if figures := self._evaluate(parallel.get_state(device_state), lambda: bool(stop)):
+                    if figures := self._evaluate(parallel.get_state(device_state), stop.now):
                         assert self.evaluator is not None
                         figure = figures[self.evaluator.ranks_by]
                         figures["seconds"] = seconds_before + time.monotonic() - self.began
@@ -231,32 +253,57 @@ class _Run:
                             writers.scalars({"step": step, "nimg": nimg} | figures)
                         progress.say(f"{nimg:>11,} images: {_in_words(figures)}")
                     tick += time.monotonic() - began
-                if step % self.checkpoint_steps == 0 or last or figure is not None:
+                if step % self.checkpoint_steps == 0 or last or stopping or figure is not None:
                     fetch(0)
                     self._save(step, parallel.get_state(device_state), figure)
                     tick = time.monotonic() if not rows else tick
-                if sample_steps and (step % sample_steps == 0 or last):
+                if sample_steps and (step % sample_steps == 0 or last) and not stopping:
                     began = time.monotonic()
                     self._write_samples(parallel.get_state(device_state), nimg, writers)
                     tick += time.monotonic() - began
-            if stop:
-                fetch(0)
-                self._save(step, parallel.get_state(device_state))
             self.checkpoints.wait()
             if writers is not None:
                 _write_curves(self.workdir, writers.rows)
-            if stop and step < self.total_steps:
-                progress.say(f"Stopped by {stop[0]} at step {step:,}, saved; the same command goes on from here.")
+            if step < self.total_steps:
+                sentence = f"Stopped by {stop.reason} at step {step:,}, saved; the same command goes on from here."
+                if stop.preempted:
+                    raise RestartNeeded(sentence)
+                progress.say(sentence)
         return step >= self.total_steps
 
-    def _next_batch(self, remaining: int) -> Any:
-        """A batch on the devices; the transfer of those after it is begun, so that it runs beside the step."""
-        while len(self.placed) < min(1 + self.config.data.device_prefetch, remaining):
-            self.placed.append(self.parallel.put_batch(next(self.batches)))
+    @contextlib.contextmanager
+    def _closing(self) -> Iterator[contextlib.ExitStack]:
+        """A stack of what is to be closed, but not after another process was lost: to close would be to wait for it."""
+        with contextlib.ExitStack() as stack:
+            try:
+                yield stack
+            except jax.errors.JaxRuntimeError:
+                if jax.process_count() > 1:
+                    stack.pop_all()
+                raise
+
+    def _unused(self) -> int:
+        """Batches that are on the devices before their time."""
+        return sum(count for count, _ in self.placed)
+
+    def _next_batches(self, step: int) -> tuple[int, Any]:
+        """(how many, they on the devices), after so many steps; the transfer of later ones is begun, to run beside the step.
+
+        Several at once begin at multiples of their number only, so that a run that was stopped in between is computed
+        by the same programs as one that was not.
+        """
+        while (
+            len(self.placed) <= self.config.data.device_prefetch and (ahead := step + self._unused()) < self.total_steps
+        ):
+            if self.at_once > 1 and ahead % self.at_once == 0 and ahead + self.at_once <= self.total_steps:
+                batches = [next(self.batches) for _ in range(self.at_once)]
+                self.placed.append((self.at_once, self.parallel.put_batches(batches)))
+            else:
+                self.placed.append((1, self.parallel.put_batch(next(self.batches))))
         return self.placed.popleft()
 
     def _save(self, step: int, state: TrainState, figure: float | None = None) -> None:
-        position = self.batches.get_state(unused=len(self.placed))
+        position = self.batches.get_state(unused=self._unused())
         self.checkpoints.save(step, state, {"config": self.config.to_dict(), "data": position}, figure)
 
     def _evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
@@ -328,26 +375,3 @@ def _locked(workdir: Path) -> Iterator[None]:
                     f"Another process is training in {workdir}: stop it, or give another --workdir."
                 ) from None
         yield
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[list[str]]:
-    """A list that is empty until SIGTERM or Ctrl-C comes; a second one acts as usual."""
-    received: list[str] = []
-    before: dict[signal.Signals, Any] = {}
-
-    def note(number: int, frame: Any) -> None:
-        received.append(signal.Signals(number).name)
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-    try:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            before[signum] = signal.signal(signum, note)
-    except ValueError:  # not the main thread (a notebook's worker, a test): signals are not ours to take
-        before.clear()
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

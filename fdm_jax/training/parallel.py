@@ -1,23 +1,28 @@
-"""The train step on many devices: ``jax.jit`` over a mesh, or ``jax.pmap`` on request.
+"""The train step on many devices: data parallel by ``jax.jit`` or ``jax.pmap``, or with the state dealt out too.
 
-Both take and give the same canonical state (one logical copy), so checkpoints know nothing of devices.
+All take and give the same canonical state (one logical copy), so checkpoints know nothing of devices.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fdm_jax.devices import AXIS, replicated, sharded
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.training.step import Metrics, TrainState
 
-AXIS = "batch"
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+MakeStep = Callable[[str | None], Step]
+Batch = Mapping[str, np.ndarray]
+
+# Arrays of fewer elements are held whole by every device: to gather one costs more than it takes.
+LEAST_DEALT = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,47 +31,104 @@ class Parallel:
 
     Attributes:
       step: the compiled step; it consumes (donates) the state that it is given.
+      steps: several steps as one program, of batches stacked along a new first axis; metrics [steps].
+      state_sharding: shapes of a canonical state -> where each of its arrays lies.
       put_state: canonical state -> what ``step`` takes.
       put_batch: this process's rows of a batch, NumPy arrays [B / processes, ...] -> what ``step`` takes.
+      put_batches: those of several batches -> what ``steps`` takes.
       get_state: what ``step`` gives -> canonical state.
-      get_metrics: the metrics that ``step`` gives -> scalars.
+      get_metrics: the metrics that ``step`` or ``steps`` gives -> scalars, or [steps].
     """
 
     step: Step
+    steps: Step
+    state_sharding: Callable[[Any], Any]
     put_state: Callable[[TrainState], Any]
-    put_batch: Callable[[Mapping[str, np.ndarray]], Any]
+    put_batch: Callable[[Batch], Any]
+    put_batches: Callable[[Sequence[Batch]], Any]
     get_state: Callable[[Any], TrainState]
     get_metrics: Callable[[Any], Metrics]
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """All devices along the one axis "batch"."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+def in_a_row(step: Step) -> Step:
+    """The step for each of the batches in turn."""
+    return lambda state, batches: jax.lax.scan(step, state, batches)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole."""
-    return NamedSharding(mesh, PartitionSpec())
+def jit_over_mesh(make_step: MakeStep, mesh: Mesh) -> Parallel:
+    """One program over the mesh: the batch dealt out, the state whole on every device.
+
+    Each device works on its own rows, and loss and gradients are summed over the devices once, after all rounds of
+    accumulation.  (Left to itself, XLA would sum them in every round.)
+    """
+    whole = replicated(mesh)
+
+    def compiled(step: Step, rows: PartitionSpec) -> Step:
+        # Unchecked, since the step's own psum is what makes its results alike on all devices.
+        body = jax.shard_map(
+            step, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=PartitionSpec(), check_vma=False
+        )
+        return jax.jit(body, donate_argnums=0)
+
+    return Parallel(
+        step=compiled(make_step(AXIS), PartitionSpec(AXIS)),
+        steps=compiled(in_a_row(make_step(AXIS)), PartitionSpec(None, AXIS)),
+        state_sharding=lambda like: jax.tree.map(lambda _: whole, like),
+        put_state=lambda state: jax.device_put(state, whole),
+        put_batch=_put_rows(mesh, PartitionSpec(AXIS)),
+        put_batches=lambda batches: _put_rows(mesh, PartitionSpec(None, AXIS))(_stack(batches)),
+        get_state=lambda state: state,
+        get_metrics=lambda metrics: metrics,
+    )
 
 
-def sharded(mesh: Mesh) -> NamedSharding:
-    """Rows are dealt to the devices in order."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
+def fsdp_over_mesh(make_step: MakeStep, mesh: Mesh) -> Parallel:
+    """Parameters, average and optimiser are dealt to the devices too, for models that outgrow one (ZeRO, FSDP).
+
+    The program is written as for one device; XLA gathers a layer's parameters where they are needed, and scatters the
+    sums of their gradients.
+    """
+    step_of_one = make_step(None)
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        state, metrics = step_of_one(state, batch)
+        return jax.lax.with_sharding_constraint((state, metrics), (dealt(state, mesh), replicated(mesh)))
+
+    return Parallel(
+        step=jax.jit(step, donate_argnums=0),
+        steps=jax.jit(in_a_row(step), donate_argnums=0),
+        state_sharding=lambda like: dealt(like, mesh),
+        put_state=lambda state: jax.device_put(state, dealt(state, mesh)),
+        put_batch=_put_rows(mesh, PartitionSpec(AXIS)),
+        put_batches=lambda batches: _put_rows(mesh, PartitionSpec(None, AXIS))(_stack(batches)),
+        get_state=lambda state: state,
+        get_metrics=lambda metrics: metrics,
+    )
 
 
-def jit_over_mesh(make_step: Callable[[str | None], Step], mesh: Mesh) -> Parallel:
-    """One program over the mesh: the batch sharded, the state replicated and donated."""
-    rows, whole = sharded(mesh), replicated(mesh)
-    step = jax.jit(make_step(None), in_shardings=(whole, rows), out_shardings=(whole, whole), donate_argnums=0)
+def dealt(tree: Any, mesh: Mesh) -> Any:
+    """Shardings that cut every large array along its longest axis that divides by the devices; the rest stays whole."""
 
-    def put_batch(batch: Mapping[str, np.ndarray]) -> Any:
-        return {key: jax.make_array_from_process_local_data(rows, value) for key, value in batch.items()}
+    def one(array: Any) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(array.shape) if size % mesh.size == 0]
+        if array.size < LEAST_DEALT or not axes:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: array.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, AXIS))
 
-    return Parallel(step, lambda state: jax.device_put(state, whole), put_batch, lambda s: s, lambda m: m)
+    return jax.tree.map(one, tree)
 
 
-def pmap_over_devices(make_step: Callable[[str | None], Step], mesh: Mesh) -> Parallel:
+def _put_rows(mesh: Mesh, spec: PartitionSpec) -> Callable[[Batch], Any]:
+    rows = NamedSharding(mesh, spec)
+    return lambda batch: {key: jax.make_array_from_process_local_data(rows, value) for key, value in batch.items()}
+
+
+def _stack(batches: Sequence[Batch]) -> Batch:
+    return {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def pmap_over_devices(make_step: MakeStep, mesh: Mesh) -> Parallel:
     """``jax.pmap`` of the same step: a leading axis of devices on state and batch, gradients summed by name.
 
     For one process: a state is put on this process's devices alone.
@@ -74,7 +136,9 @@ def pmap_over_devices(make_step: Callable[[str | None], Step], mesh: Mesh) -> Pa
     if jax.process_count() > 1:
         raise UserError("parallel=pmap runs in one process only; use parallel=jit for several.")
     devices = list(mesh.devices.flat)
-    step = jax.pmap(make_step(AXIS), axis_name=AXIS, devices=devices, donate_argnums=0)
+
+    def compiled(step: Step) -> Step:
+        return jax.pmap(step, axis_name=AXIS, devices=devices, donate_argnums=0)
 
     def put_state(state: TrainState) -> Any:
         # Through the host: the copies must not share a buffer with each other or with the canonical state.
@@ -82,26 +146,42 @@ def pmap_over_devices(make_step: Callable[[str | None], Step], mesh: Mesh) -> Pa
         stacked = jax.tree.map(lambda a: np.broadcast_to(a, (len(devices), *np.shape(a))), host)
         return jax.device_put(stacked, sharded(mesh))
 
-    def put_batch(batch: Mapping[str, np.ndarray]) -> Any:
+    def dealt_rows(value: np.ndarray) -> np.ndarray:
+        return value.reshape(len(devices), -1, *value.shape[1:])
+
+    def put_batch(batch: Batch) -> Any:
+        return {key: jax.device_put(dealt_rows(value), sharded(mesh)) for key, value in batch.items()}
+
+    def put_batches(batches: Sequence[Batch]) -> Any:
         return {
-            key: jax.device_put(value.reshape(len(devices), -1, *value.shape[1:]), sharded(mesh))
-            for key, value in batch.items()
+            key: jax.device_put(np.stack([dealt_rows(batch[key]) for batch in batches], axis=1), sharded(mesh))
+            for key in batches[0]
         }
 
     def first(tree: Any) -> Any:
         return jax.tree.map(lambda a: a[0], tree)
 
-    return Parallel(step, put_state, put_batch, lambda s: jax.device_put(first(s), replicated(mesh)), first)
+    return Parallel(
+        step=compiled(make_step(AXIS)),
+        steps=compiled(in_a_row(make_step(AXIS))),
+        state_sharding=lambda like: jax.tree.map(lambda _: replicated(mesh), like),
+        put_state=put_state,
+        put_batch=put_batch,
+        put_batches=put_batches,
+        get_state=lambda state: jax.device_put(first(state), replicated(mesh)),
+        get_metrics=first,
+    )
 
 
-MODES: dict[str, Callable[[Callable[[str | None], Step], Mesh], Parallel]] = {
+MODES: dict[str, Callable[[MakeStep, Mesh], Parallel]] = {
     "jit": jit_over_mesh,
+    "fsdp": fsdp_over_mesh,
     "pmap": pmap_over_devices,
 }
 
 
-def parallelise(mode: str, make_step: Callable[[str | None], Step], mesh: Mesh) -> Parallel:
-    """Run ``make_step(axis_name)`` on the mesh's devices in the given mode, "jit" or "pmap".
+def parallelise(mode: str, make_step: MakeStep, mesh: Mesh) -> Parallel:
+    """Run ``make_step(axis_name)`` on the mesh's devices in the given mode, "jit", "fsdp" or "pmap".
 
     Raises:
       UserError: an unknown mode.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -25,8 +26,16 @@ def checkpoint(workdir, step):
         (workdir / "checkpoints").resolve(), item_names=("model", "train", "meta"),
         options=ocp.CheckpointManagerOptions(read_only=True),
     )  # fmt: skip
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = {
+        part: jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            ocp.StandardCheckpointHandler().metadata(workdir.resolve() / "checkpoints" / str(step) / part).tree,
+        )
+        for part in ("model", "train")
+    }
     parts = manager.restore(step, args=ocp.args.Composite(
-        model=ocp.args.StandardRestore(), train=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()
+        **{part: ocp.args.StandardRestore(tree) for part, tree in like.items()}, meta=ocp.args.JsonRestore()
     ))  # fmt: skip
     leaves = jax.tree_util.tree_leaves_with_path({"model": parts["model"], "train": parts["train"]})
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, parts["meta"]
@@ -72,3 +81,13 @@ def start(arguments, devices=1, **kwargs):
         [sys.executable, "-m", "fdm_jax", *arguments], env=environment(devices), cwd=tiny.ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
     )  # fmt: skip
+
+
+def start_all(arguments, processes, devices=1):
+    """The program as so many processes of so many devices each, which find each other."""
+    if processes == 1:
+        return [start(arguments, devices)]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return [start([*arguments, f"--distributed={address},{processes},{i}"], devices) for i in range(processes)]

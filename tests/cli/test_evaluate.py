@@ -1,13 +1,12 @@
 """`fdm evaluate` on the tiny run: statistics, generated and existing images, a stop in the middle, refusals."""
 
 import json
-import socket
 import zipfile
 
 import jax
 import numpy as np
 import pytest
-from cli.conftest import start
+from cli.conftest import start_all
 from encoded import png
 
 from fdm_jax.cli.main import main
@@ -98,11 +97,8 @@ def test_it_goes_on_where_it_was(measured, place, monkeypatch):
 def test_two_processes_share_the_work(measured, place, tmp_path):
     """Each makes its pieces; the figures are those of one process."""
     out, arguments = measured
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
     more = [*arguments[:-1], f"--out={tmp_path}/shared", f"--ref={place}/ref.npz", "--steps=3", "--batch=16"]
-    processes = [start(["evaluate", *more, f"--distributed={address},2,{index}"], devices=2) for index in range(2)]
+    processes = start_all(["evaluate", *more], 2, devices=2)
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert "frechet_distance" in said[0] and "frechet_distance" not in said[1]

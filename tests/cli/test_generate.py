@@ -192,8 +192,8 @@ def test_a_seed_gives_its_image_on_any_devices_in_any_batch(straight_run, solver
     import jax
 
     from fdm_jax.cli.sampling import choose_labels, load_model
+    from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
-    from fdm_jax.training.parallel import make_mesh
 
     model = load_model(straight_run)
     experiment = model.experiment

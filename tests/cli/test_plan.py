@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 
 import pytest
 import tiny
@@ -30,13 +31,31 @@ def test_rendering():
         "55,735,299", "42.25 GFLOP forward", "126.8 GFLOP in training", "390,625 steps of 512 images",
         "25.35 EFLOP",  # 2e8 x 126.8e9
         "2.54 hours",  # 25.35e18 / (8 x 0.35 x 989e12) = 9155 s
+        "about 21,845 img/s, 23.4 ms per step",  # 2e8 / 9155 s
         "64 images at a time", "1.0 GiB: parameters", "10.1 GiB: 64 images", "of each device's 141 GiB",
         "73.95 PFLOP",  # 5e4 x 35 x 42.25e9
         "26.7 seconds", "8 x NVIDIA H200 reach 35% of the vendor's 989 TFLOP/s in bfloat16",
         "Estimates, not measurements",
     ):  # fmt: skip
         assert fact in text
-    assert "WARNING" not in text and "Note" not in text
+    assert "WARNING" not in text and "Note" not in text and "$" not in text
+
+
+def test_cost():
+    priced = dataclasses.replace(CIFAR10, price=4.0)
+    text = plan.render(priced)
+    assert "about $81.38: 20.3 device hours at $4.00" in text  # 9155 s x 8 devices
+    assert "about $0.24: 0.0593 device hours at $4.00" in text  # 26.7 s of sampling
+    assert "The price is yours" in text
+    assert priced.dollars(priced.training_flops) == pytest.approx(9155.3 / 3600 * 8 * 4, rel=1e-3)
+
+
+def test_figures():
+    counted = plan.figures(dataclasses.replace(CIFAR10, price=4.0))
+    assert counted["estimated_images_per_second"] == pytest.approx(200e6 / counted["estimated_training_seconds"])
+    assert counted["estimated_training_dollars"] == pytest.approx(81.38, abs=0.01)
+    assert (counted["fits"], counted["steps"], counted["num_devices"]) == (True, 390_625, 8)
+    assert plan.figures(CIFAR10)["estimated_training_dollars"] is None
 
 
 def test_rendering_of_what_does_not_fit():
@@ -82,9 +101,13 @@ def test_command(capsys):
     arguments = ["plan", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, "--num-devices=2"]
     assert main([*arguments, "--device=tpu-v4"]) == 0
     assert "2 x TPU v4 reach 35%" in capsys.readouterr().out
+    assert main([*arguments, "--price=2.5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["assumed_price"] == 2.5
     for wrong, sentence in (
         ("--device=h20", "did you mean 'h200'?"),
         ("--num-devices=0", "--num-devices must be 1 or more, and is 0."),
+        ("--price=-1", "--price must be US dollars above 0 per device and hour, and is -1.0."),
+        ("--price=nan", "--price must be US dollars above 0 per device and hour, and is nan."),
         ("--utilisation=0", "--utilisation must be above 0 and at most 1, and is 0.0."),
     ):
         assert main([*arguments, wrong]) == 2

@@ -4,6 +4,7 @@ import signal
 import time
 
 import numpy as np
+import pytest
 import tiny
 from cli.conftest import assert_same_end, checkpoint, rows, start
 
@@ -57,11 +58,26 @@ def test_another_number_of_devices_continues_the_run(straight_run, data_dir, tmp
     np.testing.assert_allclose([r["loss"] for r in resumed], [r["loss"] for r in straight], rtol=1e-4)
 
 
-def test_pmap_continues_what_jit_began(straight_run, data_dir, tmp_path):
-    """Checkpoints know nothing of how devices were used, and the two ways give one curve."""
+def test_several_steps_as_one_program(straight_run, data_dir, tmp_path):
+    """The same curve; and stopped where a program of three would reach beyond, the same bits as without the stop."""
+    workdir, at_once = tmp_path / "run", ["--config.train.steps_at_once=3", "--config.log.every_images=48"]
+    assert main(tiny.arguments(workdir, data_dir, *at_once)) == 0
+    straight = {row["step"]: row["loss"] for row in rows(straight_run)}
+    losses = {row["step"]: row["loss"] for row in rows(workdir)}
+    assert list(losses) == [3, 6, 9, 12, 15, 18, 20]
+    first = [np.mean([run[step] for step in steps]) for run, steps in ((losses, (3, 6, 9, 12)), (straight, (4, 8, 12)))]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+    for images in (16 * 9, 16 * 18, 320):
+        assert main(tiny.arguments(tmp_path / "stopped", data_dir, *at_once, f"--config.train.images={images}")) == 0
+    assert_same_end(tmp_path / "stopped", workdir, 20)
+
+
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+def test_other_modes_continue_what_jit_began(straight_run, data_dir, tmp_path, mode):
+    """Checkpoints know nothing of how devices were used, and all ways give one curve."""
     workdir = tmp_path / "run"
     assert main(tiny.arguments(workdir, data_dir, "--config.train.images=192")) == 0
-    assert main(tiny.arguments(workdir, data_dir, "--config.parallel=pmap")) == 0
+    assert main(tiny.arguments(workdir, data_dir, f"--config.parallel={mode}")) == 0
     losses = [[row["loss"] for row in rows(run)] for run in (straight_run, workdir)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 

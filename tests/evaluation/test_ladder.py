@@ -5,12 +5,12 @@ import pytest
 import scipy.ndimage
 
 from fdm_jax.data.digits import load_digits_arrays
+from fdm_jax.devices import make_mesh
 from fdm_jax.evaluation import classifier
 from fdm_jax.evaluation.extractors import Extractor, FeatureMaker, open_extractor
 from fdm_jax.evaluation.measures import choose_metrics, measure
 from fdm_jax.evaluation.moments import moments
 from fdm_jax.evaluation.references import Reference
-from fdm_jax.training.parallel import make_mesh
 
 RNG = np.random.default_rng(0)
 

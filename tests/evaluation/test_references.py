@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from fdm_jax.devices import make_mesh
 from fdm_jax.errors import UserError
 from fdm_jax.evaluation import classifier
 from fdm_jax.evaluation.extractors import FeatureMaker, open_extractor
 from fdm_jax.evaluation.references import Reference, check_fits, load_reference, save_reference
-from fdm_jax.training.parallel import make_mesh
 
 RNG = np.random.default_rng(0)
 SHAPE = (8, 8, 1)

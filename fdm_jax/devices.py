@@ -1,0 +1,53 @@
+"""Arrays on many devices, of one process or of several.
+
+A mesh has one axis, over which the rows of a batch are dealt.  Where it spans several processes, each of them calls
+these functions with the same arguments, as it runs the same programs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "batch"
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """All devices along the one axis "batch"."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def sharded(mesh: Mesh) -> NamedSharding:
+    """Rows are dealt to the devices in order."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays that every process holds whole, as arrays of that sharding; each process sends its own part only."""
+
+    def place(array: Any) -> jax.Array:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return jax.device_put(array, sharding)  # spread over the processes already
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
+
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(place, tree)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole of an array on the host, in every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)

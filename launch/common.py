@@ -1,0 +1,167 @@
+"""What the launchers share: arguments after ``--``, sentences instead of tracebacks, and when to start a run again."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+DONE, USER_ERROR, RESTART = 0, 2, 75  # exit codes of `fdm`; RESTART is fdm_jax.errors.RESTART_CODE
+
+EXIT_CODES = """
+Exit codes of fdm, and of this program: 0 done (or saved after Ctrl-C); 2 something that you can mend, so it is never
+started again; 75 saved because of a preemption or a lost process, start again; all others: a crash.
+"""
+
+
+class Refusal(Exception):
+    """One sentence for the user; the program ends with code 2."""
+
+
+def say(text: str) -> None:
+    """A line of the launcher's own."""
+    print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """With what all launchers take."""
+    made = argparse.ArgumentParser(
+        description=description,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--dry-run", action="store_true", help="print the commands, one per line, and run nothing")
+    return made
+
+
+def parse(made: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The launcher's own arguments, and those of fdm: what comes after the first ``--``."""
+    argv = list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return made.parse_args(argv[:cut]), argv[cut + 1 :]
+
+
+def need_command(command: Sequence[str], adds_distributed: bool = True) -> None:
+    """Raises:
+    Refusal: there is no fdm command after ``--``, or it says --distributed itself where the launcher does.
+    """
+    if not command or command[0].startswith("-"):
+        raise Refusal(
+            "The fdm command comes after --, as in: -- train --config=configs/edm.py:cifar10 --workdir=runs/cifar10"
+        )
+    if adds_distributed and option(command, "distributed") is not None:
+        raise Refusal("Leave --distributed out of the fdm command: the launcher adds the one that fits.")
+
+
+def need_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises:
+    Refusal: one of these arguments is given and is not 1 or more.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise Refusal(f"--{name.replace('_', '-')} must be 1 or more, and is {value}.")
+
+
+def option(command: Sequence[str], name: str) -> str | None:
+    """The value of ``--name=VALUE`` or ``--name VALUE`` in an fdm command; None without it."""
+    for i, token in enumerate(command):
+        if token.startswith(f"--{name}="):
+            return token.partition("=")[2]
+        if token == f"--{name}":
+            return command[i + 1] if i + 1 < len(command) else ""
+    return None
+
+
+def default_fdm() -> str:
+    """The ``fdm`` that `make install` put into this repository, or else the one on the path."""
+    installed = REPOSITORY / ".venv" / "bin" / "fdm"
+    return shlex.quote(str(installed)) if installed.exists() else "fdm"
+
+
+def run(command: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a program that must be there; what it asks on a terminal is not answered.
+
+    Raises:
+      Refusal: it is not.
+    """
+    try:
+        return subprocess.run(command, text=True, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
+    except FileNotFoundError as error:
+        raise Refusal(f"There is no {command[0]!r} on the path: install it, or give --dry-run.") from error
+
+
+def newest_checkpoint(workdir: str | None) -> int | None:
+    """The step of the newest checkpoint in a run's workdir, local or gs://; None if there is none or nobody can say."""
+    if workdir is None:
+        return None
+    if workdir.startswith("gs://"):
+        try:
+            listed = run(["gcloud", "storage", "ls", f"{workdir.rstrip('/')}/checkpoints/"], capture_output=True)
+        except Refusal:
+            return None
+        names = re.findall(r"/checkpoints/(\d+)/", listed.stdout)
+    else:
+        folder = Path(workdir) / "checkpoints"
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
+@dataclasses.dataclass
+class Restarts:
+    """Decides whether a run that ended is started again.
+
+    After code 75, as long as there is a newer checkpoint than at the last start, or else ``limit`` times in a row.
+    After a crash ``limit`` times in all, waiting twice as long each time.  After code 2 never.
+
+    Attributes:
+      limit: see above.
+      backoff: seconds to wait after the first crash.
+      progress: gives the step of the newest checkpoint, or None.
+    """
+
+    limit: int
+    backoff: float
+    progress: Callable[[], int | None]
+
+    def __post_init__(self) -> None:
+        self._crashes = self._idle = 0
+        self._seen = self.progress()
+
+    def after(self, code: int) -> tuple[float | None, str]:
+        """(seconds to wait before the next start, or None to give up; the reason in words)."""
+        if code == USER_ERROR:
+            return None, "code 2 is something to mend first"
+        newest = self.progress()
+        moved = newest is not None and newest != self._seen
+        self._seen = newest
+        if code == RESTART:
+            self._idle = 0 if moved else self._idle + 1
+            if self._idle > self.limit:
+                return None, f"{self._idle} starts in a row brought no new checkpoint"
+            return 0.0, "code 75 asks for it"
+        self._crashes += 1
+        if self._crashes > self.limit:
+            return None, f"it crashed {self._crashes} times, and --max-restarts is {self.limit}"
+        return min(300.0, self.backoff * 2 ** (self._crashes - 1)), f"restart {self._crashes} of at most {self.limit}"
+
+
+def finish(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run a launcher and leave with its exit code."""
+    try:
+        code = main(sys.argv[1:])
+    except Refusal as refusal:
+        say(str(refusal))
+        code = USER_ERROR
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

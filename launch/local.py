@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""Run one fdm command as several processes on this machine, which share the work.
+
+  python launch/local.py -- train --config=configs/edm.py:cifar10 --workdir=runs/cifar10
+  python launch/local.py --gpus=0,1,2,3 -- train --config=configs/edm.py:cifar10 --workdir=runs/cifar10
+  python launch/local.py --processes=2 --devices-per-process=4 -- train --config=configs/edm.py:digits --workdir=runs/d
+
+On a machine with several GPUs one process that has them all, the first line, is the simplest and in JAX as a rule as
+fast as any: take --gpus for one process per GPU only if loading the data is what limits a single process, or to try
+out here what will run on a cluster.  --devices-per-process makes CPUs play several devices, for trying out.
+
+If a process ends with an error the others are stopped, and all are started again as their exit code says; the run
+goes on from its newest checkpoint.  SIGTERM and Ctrl-C are passed on to all processes, which save and end.
+Lines of the first process appear as they are, those of process I with [I] in front.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+
+from common import (
+    DONE,
+    RESTART,
+    USER_ERROR,
+    Refusal,
+    Restarts,
+    default_fdm,
+    finish,
+    need_command,
+    need_positive,
+    newest_checkpoint,
+    option,
+    parse,
+    parser,
+    say,
+)
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+POLL = 0.1  # seconds
+
+
+def main(argv: Sequence[str]) -> int:
+    made = parser(__doc__)
+    made.add_argument("--processes", type=int, metavar="N", help="default: 1, or one per GPU of --gpus")
+    made.add_argument("--gpus", metavar="0,1,...", help="deal these GPUs out to the processes")
+    made.add_argument("--devices-per-process", type=int, metavar="M", help="of fake CPU devices, instead of GPUs")
+    made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after crashes, and in a row after code "
+                      "75 without a new checkpoint (default: %(default)s)")  # fmt: skip
+    made.add_argument("--backoff", type=float, default=5, metavar="SECONDS", help="wait so long after the first crash, "
+                      "then twice as long each time (default: %(default)s)")  # fmt: skip
+    made.add_argument("--grace", type=float, default=120, metavar="SECONDS", help="what processes get to save before "
+                      "they are killed (default: %(default)s)")  # fmt: skip
+    made.add_argument("--port", type=int, metavar="PORT", help="where the processes meet (default: a free one)")
+    made.add_argument("--fdm", default=default_fdm(), metavar="COMMAND", help="the fdm to run (default: %(default)s)")
+    args, command = parse(made, argv)
+    need_command(command)
+    need_positive(args, "processes", "devices_per_process", "port")
+    environments = [environment(i, args) for i in range(count_processes(args))]
+
+    def commands() -> list[list[str]]:
+        port, total = args.port or free_port(), len(environments)
+        shared = [*shlex.split(args.fdm), *command]
+        return [[*shared, f"--distributed=localhost:{port},{total},{i}"] for i in range(total)]
+
+    if args.dry_run:
+        lines = [
+            shlex.join([*(["env", *(f"{k}={v}" for k, v in extra.items())] if extra else []), *one])
+            for extra, one in zip(environments, commands(), strict=True)
+        ]
+        print(" &\n".join(lines))  # pasted into a shell, all run at once
+        return DONE
+
+    group = Group(args.grace)
+    restarts = Restarts(args.max_restarts, args.backoff, lambda: newest_checkpoint(option(command, "workdir")))
+    while True:
+        code = group.run(commands(), environments)
+        if code == DONE or group.told:
+            return code
+        wait, reason = restarts.after(code)
+        if wait is None:
+            say(f"not started again: {reason}.")
+            return code
+        say(f"starting again{f' in {wait:g} s' if wait else ''}: {reason}.")
+        if group.sleep(wait):
+            return code
+
+
+def count_processes(args: argparse.Namespace) -> int:
+    """How many processes these arguments ask for.
+
+    Raises:
+      Refusal: they contradict each other.
+    """
+    if args.gpus is None:
+        return args.processes or 1
+    gpus = args.gpus.split(",")
+    if args.devices_per_process is not None:
+        raise Refusal("--gpus and --devices-per-process exclude each other: fake devices are CPUs.")
+    if not all(gpu.isdecimal() for gpu in gpus) or len(set(gpus)) < len(gpus):
+        raise Refusal(
+            f"--gpus must be different numbers with commas between them, as in 0,1,2,3, and is {args.gpus!r}."
+        )
+    processes = args.processes or len(gpus)
+    if len(gpus) % processes:
+        raise Refusal(f"{len(gpus)} GPUs cannot be dealt evenly to --processes={processes}.")
+    return processes
+
+
+def environment(index: int, args: argparse.Namespace) -> dict[str, str]:
+    """What process ``index`` gets on top of the launcher's environment."""
+    if args.devices_per_process is not None:
+        flag = f"--xla_force_host_platform_device_count={args.devices_per_process}"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    if args.gpus is not None:
+        gpus = args.gpus.split(",")
+        share = len(gpus) // count_processes(args)
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index * share : (index + 1) * share])}
+    return {}
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as tried:
+        tried.bind(("localhost", 0))
+        return tried.getsockname()[1]
+
+
+class Group:
+    """The processes of a run: started together, ended together.
+
+    Attributes:
+      told: a signal asked the launcher to stop.
+    """
+
+    def __init__(self, grace: float):
+        self._grace, self.told = grace, False
+        self._children: list[subprocess.Popen[str]] = []
+        for signum in FORWARDED:
+            # Under nohup a hang-up is ignored, and stays so.
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self._forward)
+
+    def _forward(self, signum: int, frame: object) -> None:
+        self.told = True
+        self._send(signal.SIGTERM if signum == signal.SIGHUP else signum)
+
+    def _send(self, signum: int) -> None:
+        for child in self._children:
+            if child.poll() is None:
+                child.send_signal(signum)
+
+    def run(self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]) -> int:
+        """Start them all, wait until all have ended, and give the exit code of the whole."""
+        self._children, readers = [], []
+        for i, (command, extra) in enumerate(zip(commands, environments, strict=True)):
+            if self.told:  # in the middle of starting
+                break
+            pipe = subprocess.PIPE if i else None
+            try:
+                # A group of its own: Ctrl-C on the terminal reaches it through the launcher alone, once.
+                child = subprocess.Popen(
+                    command, env=os.environ | extra, stdin=subprocess.DEVNULL, stdout=pipe,
+                    stderr=subprocess.STDOUT if i else None, text=True, errors="replace", process_group=0,
+                )  # fmt: skip
+            except OSError as error:
+                self._send(signal.SIGKILL)
+                raise Refusal(f"{command[0]!r} cannot be started ({error.strerror}): see --fdm.") from error
+            self._children.append(child)
+            if self.told:  # it came between the line above and the start
+                child.send_signal(signal.SIGTERM)
+            if i:
+                readers.append(threading.Thread(target=copy_lines, args=(child.stdout, f"[{i}] "), daemon=True))
+                readers[-1].start()
+        code = self._wait()
+        for reader in readers:
+            reader.join(timeout=5)  # a grandchild may hold the pipe open
+        return code
+
+    def _wait(self) -> int:
+        """Until all have ended; an end in error, or the launcher's being told to stop, sets a limit to the others."""
+        code, deadline, asked = DONE, None, False
+        while True:
+            codes = [child.poll() for child in self._children]
+            running = codes.count(None)
+            if code == DONE and (code := verdict(codes)) != DONE and not self.told:
+                self._report(running)
+            if not running:
+                break
+            if deadline is None and (self.told or code != DONE):
+                deadline = time.monotonic() + self._grace
+                if not self.told and code != RESTART:
+                    asked = True
+                    self._send(signal.SIGTERM)
+                # After code 75 the others save as well and end by themselves: a signal would only disturb them.
+            if deadline is not None and time.monotonic() > deadline:
+                if asked or self.told:
+                    say(f"{running} still running after {self._grace:g} s: killed.")
+                    self._send(signal.SIGKILL)
+                else:
+                    self._send(signal.SIGTERM)
+                asked, deadline = True, time.monotonic() + self._grace
+            time.sleep(POLL)
+        if self.told:
+            return verdict(codes) if codes else RESTART
+        return code
+
+    def _report(self, running: int) -> None:
+        for i, child in enumerate(self._children):
+            if child.poll() not in (None, DONE):
+                say(f"process {i} ended {words(child.returncode)}{', the others are stopped' if running else ''}.")
+
+    def sleep(self, seconds: float) -> bool:
+        """Wait; True as soon as the launcher is told to stop."""
+        end = time.monotonic() + seconds
+        while not self.told and time.monotonic() < end:
+            time.sleep(POLL)
+        return self.told
+
+
+def verdict(codes: Sequence[int | None]) -> int:
+    """One exit code for those who have ended: a user's error before a crash before 75 before 0."""
+    ended = [code for code in codes if code]
+    if not ended:
+        return DONE
+    if USER_ERROR in ended:
+        return USER_ERROR
+    first = next((code for code in ended if code != RESTART), RESTART)
+    return 128 - first if first < 0 else first
+
+
+def words(code: int) -> str:
+    """Such as "by SIGKILL"."""
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+
+
+def copy_lines(source: Iterable[str], prefix: str) -> None:
+    """From a process to standard output, each with a prefix."""
+    for line in source:
+        sys.stdout.write(prefix + line if line.endswith("\n") else f"{prefix}{line}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    finish(main)

@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Run an fdm command on the GPUs of a Slurm cluster: writes a batch script and submits it.
+
+  python launch/slurm.py --nodes=2 --gpus-per-node=8 --time=24:00:00 --partition=gpu -- \\
+      train --config=configs/edm.py:cifar10 --workdir=runs/cifar10
+
+One task runs per GPU, because that is what JAX assumes under Slurm: the task with local number I takes GPU I of its
+node.  So no GPUs are bound to tasks; each sees all of its node.  The repository with its .venv (`make install
+EXTRA=cuda12`), the data and the workdir must be on a file system that all nodes share.
+
+Before the time limit (--save-seconds) Slurm sends SIGTERM to all tasks; they save and end with code 75, and the job
+puts itself into the queue again.  So do preempted jobs.  `scancel --signal=INT JOB` saves and ends for good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import (
+    DONE,
+    Refusal,
+    default_fdm,
+    finish,
+    need_command,
+    need_positive,
+    option,
+    parse,
+    parser,
+    run,
+)
+
+TIMES = r"(\d+-)?\d+(:\d+){0,2}"  # minutes, minutes:seconds, hours:minutes:seconds, days-hours, ...
+
+
+def main(argv: Sequence[str]) -> int:
+    made = parser(__doc__)
+    made.add_argument("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
+    made.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: %(default)s")
+    made.add_argument("--cpus-per-gpu", type=int, default=8, metavar="C", help="default: %(default)s")
+    made.add_argument("--time", default="24:00:00", metavar="LIMIT", help="of one stay (default: %(default)s)")
+    made.add_argument("--job-name", default="fdm", metavar="NAME", help="default: %(default)s")
+    made.add_argument("--partition", metavar="NAME")
+    made.add_argument("--account", metavar="NAME")
+    made.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="one more #SBATCH line, such as "
+                      "--sbatch=--mem=200G; may be repeated")  # fmt: skip
+    made.add_argument("--setup", action="append", default=[], metavar="LINE", help="a line of shell before the command, "
+                      "such as --setup='module load cuda'; may be repeated")  # fmt: skip
+    made.add_argument("--save-seconds", type=int, default=180, metavar="S", help="before the time limit, to save "
+                      "(default: %(default)s)")  # fmt: skip
+    made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="requeues after crashes or without a new "
+                      "checkpoint (default: %(default)s)")  # fmt: skip
+    made.add_argument("--script", default="fdm.sbatch", metavar="FILE", help="to write (default: %(default)s)")
+    made.add_argument("--fdm", default=default_fdm(), metavar="COMMAND", help="the fdm to run (default: %(default)s)")
+    args, command = parse(made, argv)
+    need_command(command)
+    need_positive(args, "nodes", "gpus_per_node", "cpus_per_gpu", "save_seconds")
+    if not re.fullmatch(TIMES, args.time):
+        raise Refusal(f"--time must be as Slurm writes it, such as 24:00:00 or 2-00:00:00, and is {args.time!r}.")
+    for given in args.sbatch:
+        if not given.startswith("-") or "\n" in given:
+            raise Refusal(f"--sbatch takes one option of sbatch, such as --sbatch=--mem=200G, and is {given!r}.")
+    text, submit = script(args, command), ["sbatch", args.script]
+    if args.dry_run:
+        print(f"cat > {shlex.quote(args.script)} << 'END'\n{text}END\n{shlex.join(submit)}")
+        return DONE
+    try:
+        Path(args.script).write_text(text)
+    except OSError as error:
+        raise Refusal(f"{args.script} cannot be written: {error.strerror}.") from error
+    return run(submit).returncode
+
+
+def script(args: argparse.Namespace, command: Sequence[str]) -> str:
+    """The batch script."""
+    options = [
+        f"--job-name={args.job_name}",
+        f"--nodes={args.nodes}",
+        f"--ntasks-per-node={args.gpus_per_node}",
+        f"--gpus-per-node={args.gpus_per_node}",
+        f"--cpus-per-task={args.cpus_per_gpu}",
+        f"--time={args.time}",
+        *([f"--partition={args.partition}"] if args.partition else []),
+        *([f"--account={args.account}"] if args.account else []),
+        f"--signal=TERM@{args.save_seconds}",
+        "--requeue",
+        "--open-mode=append",
+        "--output=%x-%j.log",
+        *args.sbatch,
+    ]
+    workdir = option(command, "workdir") or ""
+    fdm = shlex.join([*shlex.split(args.fdm), *command, "--distributed=auto"])
+    setup = "".join(f"{line}\n" for line in args.setup)
+    return TEMPLATE.format(
+        options="\n".join(f"#SBATCH {given}" for given in options),
+        checkpoints=shlex.quote(f"{workdir}/checkpoints"),
+        limit=args.max_restarts,
+        setup=setup,
+        cpus=args.cpus_per_gpu,
+        wait=args.save_seconds,
+        fdm=fdm,
+    )
+
+
+# --signal without "B:" goes to the tasks and not to this script, which outlives them.  srun gives the highest exit
+# code of all tasks.  A task that has saved must not end the others, which may still be saving: hence
+# --kill-on-bad-exit=0, and --wait for those that never end because they wait for one that crashed.
+TEMPLATE = """\
+#!/bin/bash
+{options}
+set -uo pipefail
+
+newest() {{ ls {checkpoints} 2> /dev/null | grep -x '[0-9]*' | sort -n | tail -n 1; }}
+
+requeue() {{
+  echo "launch: $1; job $SLURM_JOB_ID is queued again."
+  scontrol requeue "$SLURM_JOB_ID"
+}}
+
+{setup}before=$(newest)
+srun --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait={wait} {fdm}
+code=$?
+restarts=${{SLURM_RESTART_COUNT:-0}}
+case $code in
+  0 | 2) ;;
+  75)
+    if [ "$(newest)" != "$before" ] || [ "$restarts" -lt {limit} ]; then
+      requeue "saved"
+    else
+      echo "launch: not queued again: no new checkpoint since the last start."
+    fi
+    ;;
+  *)
+    if [ "$restarts" -lt {limit} ]; then
+      requeue "exit code $code"
+    else
+      echo "launch: not queued again: exit code $code after $restarts restarts."
+    fi
+    ;;
+esac
+exit $code
+"""
+
+
+if __name__ == "__main__":
+    finish(main)

@@ -1,0 +1,135 @@
+"""Several processes of this machine as one: --distributed."""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+import tiny
+from cli.conftest import checkpoint, rows, start_all
+from PIL import Image
+
+from fdm_jax.cli.main import main
+from fdm_jax.errors import RESTART_CODE
+
+EVERY_STEP = "--config.log.every_images=16"
+ENDLESS = "--config.train.images=16000000"
+
+
+def finish(processes, codes):
+    """Wait for all; what each said."""
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == codes, said
+    return said
+
+
+def wait_for_rows(workdir, processes, count):
+    deadline = time.monotonic() + 240
+    while not (workdir / "metrics.jsonl").exists() or len(rows(workdir)) < count:
+        assert all(process.poll() is None for process in processes), finish(processes, [])
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def assert_same_losses(workdir, reference, rtol=1e-6):
+    ours, theirs = rows(workdir), rows(reference)[: len(rows(workdir))]
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    np.testing.assert_allclose([row["loss"] for row in ours], [row["loss"] for row in theirs], rtol=rtol)
+
+
+def test_preempted_and_bereaved_processes(data_dir, tmp_path):
+    """SIGTERM to one of two saves in both at one step; then one is killed, and the other stops; then a lone process goes on."""
+    workdir = tmp_path / "run"
+    arguments = tiny.arguments(workdir, data_dir, EVERY_STEP, "--config.checkpoint.every_images=32")
+    processes = start_all([*arguments, ENDLESS], 2)
+    wait_for_rows(workdir, processes, 3)
+    processes[1].send_signal(signal.SIGTERM)
+    said = finish(processes, [RESTART_CODE] * 2)
+    (step,) = {int(text.split("at step ")[1].split(",")[0]) for text in said}
+    arrays, meta = checkpoint(workdir, step)
+    assert int(arrays["['train']['step']"]) == meta["data"]["batches"] == step == rows(workdir)[-1]["step"]
+    assert "Parameters:" in said[0] and "Parameters:" not in said[1]
+
+    processes = start_all([*arguments, ENDLESS], 2)
+    wait_for_rows(workdir, processes, step + 4)
+    processes[1].kill()
+    said = finish(processes, [RESTART_CODE, -signal.SIGKILL])
+    assert "another process was lost" in said[0] and f"Going on from step {step}" in said[0]
+
+    images = f"--config.train.images={16 * (step + 8)}"
+    assert main([*arguments, images]) == 0
+    straight = tmp_path / "straight"
+    assert main(tiny.arguments(straight, data_dir, EVERY_STEP, images)) == 0
+    assert rows(workdir)[-1]["step"] == step + 8
+    assert_same_losses(workdir, straight)
+
+
+def test_generated_by_two_processes(straight_run, tmp_path):
+    more = ["--seeds=0-9", "--steps=3", "--batch=4"]
+    assert main(["generate", f"--workdir={straight_run}", f"--out={tmp_path}/one.png", *more]) == 0
+    said = finish(start_all(["generate", f"--workdir={straight_run}", f"--out={tmp_path}/two.png", *more], 2), [0, 0])
+    assert "10 images in" in said[0] and "images in" not in said[1]
+    one, two = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("one", "two"))
+    assert np.abs(one - two).max() <= 1 and one.std() > 10
+
+
+def test_generation_that_is_told_to_end(straight_run, tmp_path):
+    """Both keep what they made; the same command, in one process, makes the rest."""
+    more = ["generate", f"--workdir={straight_run}", f"--out={tmp_path}/all", "--steps=3", "--batch=2"]
+    processes = start_all([*more, "--seeds=0-999"], 2)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("all/*.png")):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    said = finish(processes, [RESTART_CODE] * 2)
+    assert all("stopped by SIGTERM" in text for text in said)
+    made = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("all/*.png")}
+    assert 0 < len(made) < 1000 and main([*more, "--seeds=0-15"]) == 0
+    assert all((tmp_path / "all" / name).stat().st_mtime_ns == at for name, at in made.items())
+
+
+def test_samples_and_evaluation_of_a_run_in_two_processes(data_dir, tmp_path):
+    """What the loop does beside training, against one process, with the state dealt out."""
+    more = ["--config.samples.every_images=64", "--config.samples.rows=1", "--config.samples.steps=3",
+            "--config.train.images=64", "--config.eval.every_images=64", "--config.eval.held_out_images=20"]  # fmt: skip
+    runs = [tmp_path / "two", tmp_path / "one"]
+    finish(start_all(tiny.arguments(runs[0], data_dir, *more, "--config.parallel=fsdp"), 2), [0, 0])
+    assert main(tiny.arguments(runs[1], data_dir, *more)) == 0
+    two, one = (rows(run)[-1] for run in runs)
+    assert two.keys() == one.keys() and two["val/error"] == pytest.approx(one["val/error"], rel=1e-5)
+    two, one = (np.asarray(Image.open(run / "samples" / "000000000064.png"), int) for run in runs)
+    assert two.shape == one.shape and np.abs(two - one).max() <= 1
+
+
+@pytest.mark.slow
+def test_processes_and_devices_give_one_curve(data_dir, tmp_path):
+    """1x1, 1x4, 2x2, 4x1; and a run moved 2x2 -> 1x4 -> 4x1."""
+    more = [data_dir, EVERY_STEP]
+    shapes = [(1, 4), (1, 1), (2, 2), (4, 1)]
+    for processes, devices in shapes:
+        workdir = tmp_path / f"{processes}x{devices}"
+        finish(start_all(tiny.arguments(workdir, *more), processes, devices), [0] * processes)
+        assert len(rows(workdir)) == 20
+        assert_same_losses(workdir, tmp_path / "1x4")
+    for (processes, devices), steps in (((2, 2), 7), ((1, 4), 13), ((4, 1), 20)):
+        arguments = tiny.arguments(tmp_path / "moved", *more, f"--config.train.images={16 * steps}")
+        finish(start_all(arguments, processes, devices), [0] * processes)
+    assert_same_losses(tmp_path / "moved", tmp_path / "1x4")
+    (moved, _), (straight, _) = checkpoint(tmp_path / "moved", 20), checkpoint(tmp_path / "1x4", 20)
+    for name, value in straight.items():
+        np.testing.assert_allclose(moved[name], value, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [("localhost:1,2,2", "I from 0 to N - 1, and is 'localhost:1,2,2'"), ("somehow", "must be off, auto")],
+)
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_bad_input(straight_run, data_dir, tmp_path, capsys, command, how, words):
+    arguments = ["generate", f"--workdir={straight_run}", f"--out={tmp_path}/a.png"]
+    if command == "train":
+        arguments = tiny.arguments(tmp_path / "run", data_dir)
+    assert main([*arguments, f"--distributed={how}"]) == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""launch/container.py and its Dockerfiles, as far as they can be checked without docker."""
+
+import os
+import re
+import shlex
+
+import pytest
+
+RUN = ("--runs=my runs", "--data=/data", "--", "train", "--config=configs/edm.py:cifar10", "--workdir=/runs/cifar10")
+USER = f"--user={os.getuid()}:{os.getgid()}"
+FDM = "train --config=configs/edm.py:cifar10 --workdir=/runs/cifar10"
+
+PROGRAM = r"""
+import os, pathlib, sys
+with open(os.environ["STAGE"] + "/calls", "a") as calls:
+    calls.write("\n".join(sys.argv[1:]) + "\n")
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("target", ["gpu", "tpu"])
+def test_build(stage, target):
+    extra = {"gpu": "cuda12", "tpu": "tpu"}[target]
+    done = stage.run("container", "build", "--dry-run", f"--target={target}")
+    assert done.stdout == (
+        f"docker build --file={stage.root}/launch/Dockerfile.{target} --build-arg=EXTRA={extra} --tag=fdm_jax:{extra} "
+        f"{stage.root}\n"
+    )
+    done = stage.run("container", "build", "--dry-run", "--engine=podman", "--cuda=13", "--tag=mine")
+    assert done.stdout.startswith("podman build ") and "EXTRA=cuda13 --tag=mine" in done.stdout
+
+
+def test_run_on_gpus(stage):
+    runs, tail = (
+        f"'--volume={stage.folder}/my runs:/runs'",
+        f"--volume=/data:/cache/fdm_jax/data fdm_jax:cuda12 {FDM}\n",
+    )
+    made = f"mkdir -p '{stage.folder}/my runs' /data\n"
+    done = stage.run("container", "run", "--dry-run", *RUN)
+    assert done.stdout == (
+        f"{made}docker run --rm --init --stop-timeout=180 --gpus=all --cap-drop=ALL --security-opt=no-new-privileges "
+        f"{USER} --network=none --shm-size=2g {runs} {tail}"
+    )
+    assert stage.bash_accepts(done.stdout) and not (stage.folder / "my runs").exists()
+    done = stage.run("container", "run", "--dry-run", "--engine=podman", "--gpus=0,3", *RUN)
+    assert done.stdout == (
+        f"{made}podman run --rm --init --stop-timeout=180 --device=nvidia.com/gpu=0 --device=nvidia.com/gpu=3 "
+        f"--cap-drop=ALL --security-opt=no-new-privileges {USER} --userns=keep-id --network=none --shm-size=2g {runs} {tail}"
+    )
+    done = stage.run("container", "run", "--dry-run", "--gpus=0,3", *RUN)
+    assert '--gpus="device=0,3"' in shlex.split(done.stdout.splitlines()[1])
+
+
+def test_run_on_tpus(stage):
+    done = stage.run("container", "run", "--dry-run", "--target=tpu", *RUN, "--distributed=auto")
+    line = done.stdout.splitlines()[1]
+    assert " --privileged " in line and " --network=host " in line and " fdm_jax:tpu train " in line
+
+
+def test_exit_code_and_folders(stage):
+    stage.program("docker", PROGRAM)
+    assert stage.run("container", "run", "--runs=new", "--data=data", *RUN[2:]).returncode == 75
+    assert (stage.folder / "new").is_dir() and (stage.folder / "data").is_dir()
+    assert (stage.folder / "calls").read_text().splitlines()[-3:] == FDM.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("run",), "The fdm command comes after --"),
+        (("build", "--", "train"), "The verb build takes no fdm command."),
+        (("run", "--", "train", "--workdir=runs/x"), "--workdir must be in /runs"),
+        (("run", "--gpus=a", "--", "train"), "--gpus must be all, or numbers"),
+    ],
+)
+def test_bad_input(stage, arguments, sentence):
+    assert sentence in stage.refused("container", *arguments)
+
+
+def test_without_docker(stage):
+    stage.env["PATH"] = str(stage.bin)
+    assert stage.refused("container", "build").startswith("There is no 'docker' on the path")
+
+
+@pytest.mark.parametrize("target", ["gpu", "tpu"])
+def test_dockerfiles(stage, target):
+    """What they copy is there and let through, pip is called as by the Makefile, and the user is not root."""
+    text = (stage.root / "launch" / f"Dockerfile.{target}").read_text()
+    seen = re.findall(r"^!(.*)$", (stage.root / ".dockerignore").read_text(), re.M)
+    makefile = (stage.root / "Makefile").read_text()
+    extras = {"gpu": ("cuda12", "cuda13"), "tpu": ("tpu",)}[target]
+    assert f"ARG EXTRA={extras[0]}" in text
+    for copied in re.findall(r"^COPY (.*) \S+$", text, re.M):
+        for source in copied.split():
+            for extra in extras:
+                assert (stage.root / source.replace("${EXTRA}", extra)).exists(), source
+            assert source.replace("${EXTRA}", "*") in seen, source
+    calls = [call.replace("--no-cache-dir ", "") for call in re.findall(r"^RUN python (-m pip .*)$", text, re.M)]
+    in_makefile = re.findall(r"^\t\$\(python\) (-m pip .*)$", makefile, re.M)
+    assert calls == [call.replace("$(lock)", "requirements-${EXTRA}.lock") for call in in_makefile] and len(calls) == 2
+    assert text.index("USER fdm") < text.index("ENTRYPOINT") and text.count("FROM ") == 1
+    for extra in extras:
+        lock = (stage.root / f"requirements-{extra}.lock").read_text()
+        assert "--hash=sha256:" in lock and re.search(r"^setuptools==", lock, re.M)  # builds without the network

@@ -1,0 +1,366 @@
+"""launch/tpu.py against a small gcloud that plays the states of a queued resource and really runs the workers' side.
+
+Each worker is a home folder of its own; `make` puts the fdm of the test where the locked packages would go.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+
+import pytest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+GCLOUD = r"""
+import json, os, pathlib, shutil, signal, subprocess, sys
+stage, arguments = pathlib.Path(os.environ["STAGE"]), sys.argv[1:]
+with open(stage / "gcloud.log", "a") as log:
+    log.write(json.dumps(arguments) + "\n")
+pod = stage / "pod.json"
+flags = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
+words = [a for a in arguments if not a.startswith("--")]
+state = json.loads(pod.read_text()) if pod.exists() else None
+homes = [stage / f"worker-{i}" for i in range(2)]
+
+def end_workers():
+    for home in homes:
+        try:
+            os.kill(int((home / "fdm_run" / "pid").read_text()), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+
+def leave(words):
+    sys.exit("ERROR: (gcloud) " + words)
+
+if words[:2] == ["storage", "ls"]:
+    folder = stage / words[2].removeprefix("gs://")
+    print("".join(f"gs://{words[2][5:]}{entry.name}/\n" for entry in folder.iterdir()) if folder.exists() else "")
+    sys.exit()
+kind, verb, name = words[2:5]
+if verb == "create":
+    made = stage / "created"
+    made.write_text(str(int(made.read_text() if made.exists() else 0) + 1))
+    plays = json.loads((stage / "plays.json").read_text()) if (stage / "plays.json").exists() else []
+    n = int(made.read_text())
+    pod.write_text(json.dumps(plays[n - 1] if n <= len(plays) else ["PROVISIONING", "ACTIVE"]))
+    for home in homes:
+        home.mkdir()
+elif state is None:
+    leave("NOT_FOUND: Requested entity was not found.")
+elif verb == "delete":
+    end_workers()
+    pod.unlink()
+    (stage / "preempt").unlink(missing_ok=True)
+    for home in homes:
+        shutil.rmtree(home)
+elif (stage / "preempt").exists():
+    end_workers()
+    if kind == "tpu-vm" and verb == "describe":
+        print("PREEMPTED")
+    elif verb != "describe":
+        leave("the TPU is PREEMPTED")
+    elif (stage / "late").exists():  # the queued resource notices later than the node
+        (stage / "late").unlink()
+        print("ACTIVE")
+    else:
+        (stage / "preempt").unlink()
+        pod.write_text('["SUSPENDED"]')
+        print("SUSPENDED")
+elif verb == "describe":
+    print(state[0])
+    pod.write_text(json.dumps(state[1:] or state))
+elif state[0] != "ACTIVE":
+    leave("the TPU is not READY")
+else:
+    chosen = homes if flags["worker"] == "all" else [homes[int(flags["worker"])]]
+    if verb == "scp":
+        for home in chosen:
+            shutil.copy(words[4], home)
+    else:
+        jobs = [subprocess.Popen(["bash", "-c", flags["command"]], cwd=h, env=os.environ | {"HOME": str(h)}) for h in chosen]
+        sys.exit(max(job.wait() for job in jobs))
+"""
+
+GIT = f"""
+import io, os, pathlib, sys, tarfile
+arguments = sys.argv[3:]
+if arguments[0] == "rev-parse":
+    print(os.environ.get("COMMIT", "{COMMIT}"))
+elif arguments[0] == "archive":
+    with tarfile.open(arguments[2].removeprefix("--output="), "w:gz") as archive:
+        archive.add(pathlib.Path(sys.argv[2]) / "launch" / "tpu_worker.sh", "launch/tpu_worker.sh")
+"""
+
+MAKE = r"""
+import os, pathlib, shutil, sys
+with open(os.environ["STAGE"] + "/make.log", "a") as log:
+    log.write(" ".join(sys.argv[3:]) + "\n")
+folder = pathlib.Path(sys.argv[2]) / ".venv" / "bin"
+folder.mkdir(parents=True, exist_ok=True)
+shutil.copy(os.environ["STAGE"] + "/bin/worker_fdm", folder / "fdm")
+"""
+
+# The run of a worker: saves a checkpoint, then does the next of the deeds in the file "deeds" (one per start).
+FDM = r"""
+import json, os, pathlib, signal, sys, time
+stage, home = pathlib.Path(os.environ["STAGE"]), pathlib.Path(os.environ["HOME"])
+def save(*_):
+    os._exit(75)
+signal.signal(signal.SIGTERM, save)
+mine = stage / f"starts-{home.name}"
+mine.write_text((mine.read_text() if mine.exists() else "") + " ".join(sys.argv[1:]) + "\n")
+start = len(mine.read_text().splitlines())
+deeds = json.loads((stage / "deeds.json").read_text())
+deed = deeds[min(start, len(deeds)) - 1]
+first = home.name == "worker-0"
+checkpoints = stage / "bucket" / "run" / "checkpoints"
+if first and deed != "stuck":
+    (checkpoints / str(start)).mkdir(parents=True, exist_ok=True)
+print(f"start {start} of {home.name}: {deed}", flush=True)
+if deed == "preempted":
+    if first:
+        (stage / "preempt").touch()
+    time.sleep(60)
+elif deed == "wait":
+    time.sleep(60)
+elif deed == "one crashes":
+    if first:
+        os._exit(9)
+    time.sleep(60)
+os._exit({"done": 0, "stuck": 75, "lost": 75, "user": 2}[deed])
+"""
+
+TRAIN = ("--", "train", "--config=configs/edm.py:cifar10", "--workdir=gs://bucket/run", "--config.train.images=1 000")
+SLICE = ("--name=my-pod", "--zone=us-central2-b", "--accelerator-type=v4-32")
+
+
+@pytest.fixture
+def pod(stage):
+    stage.program("gcloud", GCLOUD)
+    stage.program("git", GIT)
+    stage.program("make", MAKE)
+    stage.program("worker_fdm", FDM)
+    stage.deeds = lambda *deeds: (stage.folder / "deeds.json").write_text(json.dumps(deeds))
+    stage.starts = lambda worker=0: (stage.folder / f"starts-worker-{worker}").read_text().splitlines()
+    stage.train = lambda *more, deeds: (
+        stage.deeds(*deeds), stage.run("tpu", "train", *SLICE, "--poll=0.2", *more, *TRAIN)
+    )[1]  # fmt: skip
+    stage.called = lambda verb: [
+        line for line in map(json.loads, (stage.folder / "gcloud.log").read_text().splitlines()) if line[3:4] == [verb]
+    ]
+    yield stage
+    for home in stage.folder.glob("worker-*"):
+        if (home / "fdm_run" / "pid").exists() and not (home / "fdm_run" / "exit").exists():
+            try:
+                os.kill(int((home / "fdm_run" / "pid").read_text()), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+def test_commands_of_a_dry_run(pod):
+    done = pod.run("tpu", "train", "--dry-run", *SLICE, "--project=mine", "--spot", *TRAIN)
+    place = "my-pod --zone=us-central2-b --project=mine"
+    queued, vm = "gcloud compute tpus queued-resources", "gcloud compute tpus tpu-vm"
+    build, worker = f"{pod.folder}/.cache/fdm_jax/launch", "bash fdm_jax/launch/tpu_worker.sh"
+    lines = done.stdout.splitlines()
+    key = lines[6].split(" start ")[1].split()[0]
+    assert lines == [
+        f"{queued} create my-pod --node-id={place} --accelerator-type=v4-32 --runtime-version=tpu-ubuntu2204-base --spot",
+        f"{queued} describe {place} '--format=value(state.state)'",
+        f"mkdir -p {build}",
+        f"git -C {pod.root} archive --format=tar.gz --output={build}/fdm_jax-{COMMIT}.tar.gz {COMMIT}",
+        f"{vm} scp {build}/fdm_jax-{COMMIT}.tar.gz my-pod: --zone=us-central2-b --project=mine --quiet --worker=all",
+        f"{vm} ssh {place} --quiet --worker=all '--command=mkdir -p fdm_jax && tar -xzf fdm_jax-{COMMIT}.tar.gz -C fdm_jax && "
+        f"{worker} install {COMMIT}'",
+        f"{vm} ssh {place} --quiet --worker=all " + shlex.quote(
+            f"--command={worker} start {key} train --config=configs/edm.py:cifar10 --workdir=gs://bucket/run "
+            "'--config.train.images=1 000' --distributed=auto"
+        ),
+        f"{vm} ssh {place} --quiet --worker=all '--command={worker} status'",
+    ]  # fmt: skip
+    assert done.returncode == 0 and len(key) == 12 and pod.bash_accepts(done.stdout)
+    assert not (pod.folder / "gcloud.log").exists()
+    single = [
+        pod.run("tpu", verb, "--dry-run", *SLICE, "--project=mine", "--spot").stdout for verb in ("create", "setup")
+    ]
+    assert single[0].splitlines() == lines[:1] and single[1].splitlines() == lines[2:6]
+    assert pod.run("tpu", "run", "--dry-run", *SLICE, "--project=mine", *TRAIN).stdout.splitlines() == lines[6:7]
+    assert pod.run("tpu", "status", "--dry-run", *SLICE, "--project=mine").stdout.splitlines() == [lines[1], lines[7]]
+
+
+@pytest.mark.parametrize(
+    ("verb", "line"),
+    [
+        (
+            "stop",
+            "tpu-vm ssh my-pod --zone=z --quiet --worker=all '--command=bash fdm_jax/launch/tpu_worker.sh stop 120'",
+        ),
+        ("tail", "tpu-vm ssh my-pod --zone=z --quiet --worker=1 '--command=tail -n 40 -F fdm_run/log'"),
+        ("delete", "queued-resources delete my-pod --zone=z --force --quiet"),
+    ],
+)
+def test_dry_run_of_single_steps(pod, verb, line):
+    done = pod.run("tpu", verb, "--dry-run", "--name=my-pod", "--zone=z", "--worker=1")
+    assert done.stdout == f"gcloud compute tpus {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "runtime"),
+    [
+        ("v3-32", "tpu-ubuntu2204-base"), ("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v5p-8", "v2-alpha-tpuv5"),
+        ("v6e-16", "v2-alpha-tpuv6e"),
+    ],
+)  # fmt: skip
+def test_runtime_versions(pod, kind, runtime):
+    done = pod.run("tpu", "create", "--dry-run", "--zone=z", f"--accelerator-type={kind}", "--create-flag=--reserved")
+    assert done.stdout.endswith(f"--accelerator-type={kind} --runtime-version={runtime} --reserved\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("train", *SLICE), "The fdm command comes after --"),
+        (("run", *SLICE, "--", "train", "--workdir=runs/x"), "--workdir must be gs://BUCKET/FOLDER"),
+        (("train", *SLICE, "--", "train", "--workdir", "/nfs/x"), "and is '/nfs/x'."),
+        (("train", *SLICE, "--", "train", "--distributed=off"), "Leave --distributed out"),
+        (("create", "--zone=z"), "--accelerator-type says what to create"),
+        (
+            ("create", "--zone=z", "--accelerator-type=h100-8"),
+            "No runtime version is known for --accelerator-type=h100-8",
+        ),
+        (("delete", "--zone=z", "--", "train"), "The verb delete takes no fdm command."),
+    ],
+)
+def test_bad_input(pod, arguments, sentence):
+    assert sentence in pod.refused("tpu", *arguments)
+
+
+def test_without_gcloud(stage):
+    stage.env["PATH"] = str(stage.bin)
+    assert (
+        stage.refused("tpu", "delete", "--zone=z") == "There is no 'gcloud' on the path: install it, or give --dry-run."
+    )
+
+
+def test_from_nothing_to_the_end(pod):
+    done = pod.train("--delete-when-done", deeds=["done"])
+    assert done.returncode == 0, done.stderr
+    assert pod.starts(0) == pod.starts(1) == [" ".join([*TRAIN[1:], "--distributed=auto"])]
+    assert [len(pod.called(verb)) for verb in ("create", "scp", "delete")] == [1, 1, 1]
+    for sentence in ("asking for v4-32.", "the slice is PROVISIONING.", "to 2 workers and installing", "exit code 0."):
+        assert sentence in done.stderr
+    made = (pod.folder / "make.log").read_text().splitlines()
+    assert len(made) == 2 and all("install EXTRA=tpu PYTHON=/" in line for line in made)
+
+
+@pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_preemption(pod, late):
+    """The slice is suspended under the run: deleted, asked for again, set up again, and the same command goes on."""
+    if late:
+        (pod.folder / "late").touch()
+    times = 2 if late else 1
+    done = pod.train(deeds=[*["preempted"] * times, "done"])
+    assert done.returncode == 0, done.stderr
+    assert len(pod.starts(0)) == len(pod.starts(1)) == times + 1 and len(set(pod.starts(0))) == 1
+    assert [len(pod.called(verb)) for verb in ("create", "scp", "delete")] == [times + 1, times + 1, times]
+    assert pod.called("create")[0] == pod.called("create")[-1]
+    assert done.stderr.count("the slice was preempted") == times
+    assert "`tpu.py delete` gives it back" in done.stderr
+
+
+@pytest.mark.slow
+def test_preemptions_without_progress_end(pod):
+    (pod.folder / "bucket" / "run" / "checkpoints" / "9").mkdir(parents=True)
+    done = pod.train("--max-restarts=1", deeds=["preempted"])
+    assert done.returncode == 75 and len(pod.starts()) == 2
+    assert "given up: 2 starts in a row brought no new checkpoint." in done.stderr
+
+
+@pytest.mark.slow
+def test_a_slice_that_is_not_granted(pod):
+    (pod.folder / "plays.json").write_text(json.dumps([["WAITING_FOR_RESOURCES", "FAILED"], ["SUSPENDED"]]))
+    done = pod.train(deeds=["done"])
+    assert done.returncode == 0 and len(pod.called("create")) == 3
+
+
+@pytest.mark.slow
+def test_a_slice_that_is_never_granted(pod):
+    (pod.folder / "plays.json").write_text(json.dumps([["FAILED"]] * 50))
+    done = pod.train(deeds=["done"])
+    assert done.returncode == 1 and "given up after 11 failures in a row." in done.stderr
+
+
+def test_code_75_starts_again_on_the_same_slice(pod):
+    done = pod.train(deeds=["lost", "lost", "done"])
+    assert done.returncode == 0 and len(pod.starts()) == 3
+    assert len(pod.called("create")) == len(pod.called("scp")) == 1
+    assert "starting again: code 75 asks for it." in done.stderr and "start 1 of worker-0: lost" in done.stdout
+
+
+def test_a_crash_of_one_worker(pod):
+    """The other one is stopped, saves, and both are started again; a number of times."""
+    done = pod.train(deeds=["one crashes", "done"])
+    assert done.returncode == 0 and len(pod.starts(0)) == len(pod.starts(1)) == 2
+    assert "starting again: restart 1 of at most 3." in done.stderr
+
+
+@pytest.mark.slow
+def test_crashes_are_bounded(pod):
+    done = pod.train("--max-restarts=1", deeds=["one crashes"])
+    assert (
+        done.returncode == 9
+        and len(pod.starts(1)) == 2
+        and "it crashed 2 times, and --max-restarts is 1." in done.stderr
+    )
+
+
+def test_a_users_error_is_not_restarted(pod):
+    done = pod.train(deeds=["user"])
+    assert done.returncode == 2 and len(pod.starts()) == 1 and "start 1 of worker-0: user" in done.stdout
+    # Mended, it is given again.
+    assert pod.train(deeds=["done"]).returncode == 0 and len(pod.starts()) == 2
+
+
+def test_watching_again(pod):
+    """Ctrl-C leaves the run alone, and the same command finds it; another command is refused."""
+    pod.deeds("wait")
+    watcher = pod.start("tpu", "train", *SLICE, "--poll=0.2", *TRAIN)
+    while "start 1 of worker-0" not in watcher.stdout.readline():
+        assert watcher.poll() is None
+    watcher.send_signal(signal.SIGINT)
+    _, errors = watcher.communicate(timeout=20)
+    assert watcher.returncode == 130 and "the run goes on" in errors
+    status = pod.run("tpu", "status", *SLICE).stdout
+    assert status.startswith("ACTIVE\n") and status.count(" running ") == 2 and status.count(COMMIT) == 2
+    assert "Another command is running on my-pod" in pod.run("tpu", "train", *SLICE, *TRAIN, "--more").stderr
+    assert pod.run("tpu", "run", *SLICE, *TRAIN).returncode == 1
+    watcher = pod.start("tpu", "train", *SLICE, "--poll=0.2", *TRAIN)
+    time.sleep(1)
+    assert watcher.poll() is None and len(pod.starts()) == 1
+    watcher.send_signal(signal.SIGINT)
+    watcher.communicate(timeout=20)
+    stopped = pod.run("tpu", "stop", *SLICE).stdout
+    assert stopped.count(" exit=75 ") == 2
+    pod.deeds("done", "done")
+    pod.env["COMMIT"] = "f" * 40
+    done = pod.run("tpu", "train", *SLICE, "--poll=0.2", *TRAIN)
+    assert done.returncode == 0 and len(pod.starts()) == 2 and len(pod.called("scp")) == 2
+
+
+def test_a_worker_without_a_python_that_will_do(pod):
+    """As on TPU images: uv is installed for the user, and what it fetches makes .venv."""
+    said = 'import sys; print("/fetched/python" * ("find" in sys.argv), end=""); sys.exit("-c" in sys.argv)'
+    for name in ("python3.11", "python3.12", "python3.13", "python3"):
+        pod.program(name, f"{said}\n")
+    script = (pod.root / "launch" / "tpu_worker.sh").read_text()
+    assert pod.bash_accepts(script)
+    (pod.folder / "fdm_jax" / "launch").mkdir(parents=True)
+    (pod.folder / "fdm_jax" / "launch" / "tpu_worker.sh").write_text(script)
+    worker = ["bash", "fdm_jax/launch/tpu_worker.sh"]
+    subprocess.run([*worker, "install", COMMIT], cwd=pod.folder, env=pod.env, check=True)
+    assert (pod.folder / "make.log").read_text() == "install EXTRA=tpu PYTHON=/fetched/python\n"
+    status = subprocess.run([*worker, "status"], cwd=pod.folder, env=pod.env, text=True, capture_output=True)
+    assert status.stdout.endswith(f" idle - {COMMIT}\n")

@@ -1,0 +1,70 @@
+"""Notices that a machine is about to be stopped, from a made-up metadata server."""
+
+import http.server
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from fdm_jax.training import stopping
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """Answers as Google's does, with what ``events`` says now."""
+
+    events: dict[str, str] = {}
+
+    def do_GET(self):
+        assert self.headers["Metadata-Flavor"] == "Google"
+        key = self.path.removeprefix("/computeMetadata/v1/instance/")
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.events[key].encode())
+
+    def log_message(self, *args):
+        """Tests are quiet."""
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
+    monkeypatch.setattr(stopping, "_SECONDS_BETWEEN_TRIES", 0.02)
+    Metadata.events = {"maintenance-event": "NONE", "preempted": "FALSE"}
+    yield Metadata.events
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("key, event", [("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE"), ("preempted", "TRUE")])
+def test_a_notice_stops_the_run(metadata, key, event):
+    with stopping.stop_requests() as stop:
+        time.sleep(0.1)
+        assert not stop.after(1) and not stop.now()
+        metadata[key] = event
+        deadline = time.monotonic() + 10
+        while not stop.after(2):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert stop.now() and stop.reason == "SIGTERM" and not stop.preempted
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_no_server_is_no_harm(monkeypatch, caplog):
+    monkeypatch.setenv("GCE_METADATA_HOST", "localhost:1")
+    monkeypatch.setattr(stopping, "_SECONDS_BETWEEN_TRIES", 0.01)
+    with stopping.stop_requests() as stop:
+        time.sleep(0.3)
+        assert not stop.after(1)
+    assert "will come as SIGTERM" in caplog.text
+
+
+def test_the_second_signal_acts_as_usual():
+    with stopping.stop_requests() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.after(1) and stop.signals == ["SIGINT"]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
