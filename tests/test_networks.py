@@ -30,6 +30,27 @@ def test_golden_group_norm(golden, channels):
     np.testing.assert_allclose(y, nhwc(data["y"]), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_group_norm_of_cpus_is_that_of_other_platforms(monkeypatch, dtype):
+    """Values and derivatives, where the mean is ten times the spread of what is normalised."""
+    x = (1 + 0.1 * jax.random.normal(jax.random.key(0), (2, 5, 4, 24))).astype(dtype)
+    cpu = group_norm(24, dtype, None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    flax = group_norm(24, dtype, None)
+    assert type(cpu) is not type(flax)
+    params = {"params": {"scale": jnp.linspace(0.5, 2, 24), "bias": jnp.linspace(-1, 1, 24)}}
+    assert jax.tree.structure(cpu.init(jax.random.key(0), x)) == jax.tree.structure(flax.init(jax.random.key(0), x))
+
+    def all_of(module):
+        y, pull = jax.vjp(lambda p, x: module.apply(p, x), params, x)
+        assert y.dtype == dtype
+        return y, pull(jnp.cos(y)), jax.jvp(lambda x: module.apply(params, x), (x,), (x**2,))
+
+    for a, b in zip(jax.tree.leaves(all_of(cpu)), jax.tree.leaves(all_of(flax)), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, atol=(2e-2 if dtype == jnp.bfloat16 else 2e-5) * np.abs(b).max())
+
+
 @pytest.mark.parametrize("fused", ["plain", "fused"])
 @pytest.mark.parametrize("kernel", [0, 1, 3])
 @pytest.mark.parametrize("resample", ["none", "up", "down"])

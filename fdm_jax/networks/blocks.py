@@ -15,6 +15,7 @@ from fdm_jax.networks.resample import downsample, upsample
 
 Dtype = Any
 SQRT_HALF = math.sqrt(0.5)
+EPSILON = 1e-6  # of GroupNorm
 
 
 def xavier_uniform(scale: float = 1.0) -> nn.initializers.Initializer:
@@ -28,9 +29,41 @@ def num_groups(channels: int) -> int:
     return max(min(32, channels // 4), 1)
 
 
-def group_norm(channels: int, dtype: Dtype, name: str) -> nn.GroupNorm:
-    """GroupNorm with eps 1e-6; statistics in float32 by the two-pass formula, which small inputs need."""
-    return nn.GroupNorm(num_groups(channels), epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+def group_norm(channels: int, dtype: Dtype, name: str | None) -> nn.Module:
+    """GroupNorm with eps 1e-6; statistics in float32 by the two-pass formula, which small inputs need.
+
+    On CPUs :class:`PixelsFirstGroupNorm`, elsewhere Flax's; parameters and numbers are the same up to rounding.
+    """
+    groups = num_groups(channels)
+    if jax.default_backend() == "cpu":
+        return PixelsFirstGroupNorm(groups, dtype, name=name)
+    return nn.GroupNorm(groups, epsilon=EPSILON, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class PixelsFirstGroupNorm(nn.Module):
+    """GroupNorm over [B, H, W, C] that sums over pixels before it sums over the channels of a group.
+
+    Over the few channels of a group first, as Flax has it, XLA's CPU programs cannot fill a vector; this way norm
+    and silu take half the time, forward and backward.
+    """
+
+    num_groups: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, H, W, C = x.shape
+        scale = self.param("scale", nn.initializers.ones, (C,))
+        bias = self.param("bias", nn.initializers.zeros, (C,))
+
+        def mean(values: jax.Array) -> jax.Array:
+            """Of each group, for each of its channels: [B, 1, 1, C]."""
+            groups = jnp.mean(values, axis=(1, 2)).reshape(B, self.num_groups, C // self.num_groups).mean(axis=-1)
+            return jnp.repeat(groups, C // self.num_groups, axis=-1)[:, None, None, :]
+
+        centred = x.astype(jnp.float32)
+        centred = centred - mean(centred)
+        return (centred * (jax.lax.rsqrt(mean(jnp.square(centred)) + EPSILON) * scale) + bias).astype(self.dtype)
 
 
 class Conv(nn.Module):
