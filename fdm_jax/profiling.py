@@ -137,12 +137,8 @@ CATEGORIES = {
     "reduce-window": "reduction",
     "scatter": "gather and scatter",
     "gather": "gather and scatter",
-    "transpose": "copy and transposition",
-    "copy": "copy and transposition",
-    "copy-start": "copy and transposition",
-    "copy-done": "copy and transposition",
-    "concatenate": "copy and transposition",
 }
+MOVES, MOVING = "copy and transposition", ("transpose", "copy", "copy-start", "copy-done", "concatenate")
 LIBRARIES = {"conv": "convolution", "gemm": "matrix product", "matmul": "matrix product", "fmha": "attention"}
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][a-z0-9\-]*)\(")
@@ -168,8 +164,8 @@ def instructions(program: str) -> dict[str, Instruction]:
         for name, opcode, text in body:
             parts = [(opcode, text)]
             if opcode in ("fusion", "call"):
-                parts = [(code, line) for _, code, line in inside(text)]
-                parts += [(code, line) for _, _, outer in inside(text) for _, code, line in inside(outer)]
+                parts = [(code, line) for _, _, outer in inside(text) for _, code, line in inside(outer)]
+                parts += [(code, line) for _, code, line in inside(text)]  # its result comes last
             named = re.search(r'op_name="([^"]*)"', text)
             if named is None:  # a fusion: what its last named operation is
                 names = [match[1] for _, line in parts if (match := re.search(r'op_name="([^"]*)"', line))]
@@ -178,6 +174,7 @@ def instructions(program: str) -> dict[str, Instruction]:
 
 
 def _category(parts: Sequence[tuple[str, str]]) -> str:
+    """Of an operation made of these (opcode, text), the last of which gives its result."""
     opcodes = {code for code, _ in parts}
     for opcode, category in CATEGORIES.items():
         if opcode in opcodes:
@@ -185,7 +182,8 @@ def _category(parts: Sequence[tuple[str, str]]) -> str:
                 targets = " ".join(re.findall(r'custom_call_target="([^"]*)"', " ".join(text for _, text in parts)))
                 return next((kind for part, kind in LIBRARIES.items() if part in targets.lower()), category)
             return category
-    return "elementwise"
+    # Arithmetic may well move values on the way; what moves them last is a copy that computes on the way.
+    return MOVES if parts and parts[-1][0] in MOVING else "elementwise"
 
 
 OUTSIDE = "outside the network"

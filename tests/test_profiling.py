@@ -36,6 +36,16 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   ROOT %convolution.2 = f32[8]{0:T(8)} convolution(%mul.1, %p0), metadata={op_name="jit(step)/jvp(Net)/down/conv0/conv"}
 }
 
+%fused_computation.2 (p1: f32[8]) -> f32[8] {
+  %neg.1 = f32[8]{0} negate(%p1)
+  ROOT %transpose.2 = f32[8]{0} transpose(%neg.1), dimensions={0}
+}
+
+%fused_computation.3 (p2: f32[8]) -> f32[8] {
+  %concatenate.1 = f32[8]{0} concatenate(%p2, %p2), dimensions={0}
+  ROOT %add.2 = f32[8]{0} add(%concatenate.1, %p2)
+}
+
 region_0.3 {
   a = f32[] parameter(0)
   ROOT add.4 = f32[] add(a, a)
@@ -45,6 +55,8 @@ ENTRY %main.9 (x: f32[8]) -> (f32[8], f32[]) {
   %x = f32[8]{0} parameter(0)
   %fusion.5 = f32[8]{0:T(8)} fusion(%x), kind=kOutput, calls=%fused_computation.1
   %cudnn.6 = (f32[8]{0}, /*index=1*/u8[0]) custom-call(%x), custom_call_target="__cudnn$conv"
+  %moved.10 = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused_computation.2
+  %summed.11 = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused_computation.3
   %topk.7 = (f32[8]{0}, s32[8]{0}) custom-call(%x), custom_call_target="TopK"
   %reduce.8 = f32[] reduce(%x, %x), dimensions={0,1}, to_apply=region_0.3, metadata={op_name="jit(step)/reduce_sum"}
   ROOT %tuple = (f32[8]{0}, f32[]) tuple(%fusion.5, %reduce.8)
@@ -56,6 +68,7 @@ def test_instructions():
     found = instructions(PROGRAM)
     assert found["fusion.5"].category == found["cudnn.6"].category == "convolution"
     assert found["fusion.5"].op_name == "jit(step)/jvp(Net)/down/conv0/conv"
+    assert found["moved.10"].category == "copy and transposition" and found["summed.11"].category == "elementwise"
     assert (found["topk.7"].category, found["topk.7"].op_name) == ("library call", "")
     assert found["reduce.8"].category == "reduction" and found["mul.1"].category == "elementwise"
 
