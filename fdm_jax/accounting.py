@@ -111,13 +111,18 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
+def _plain(network: Any) -> Any:
+    """The network with attention as products that can be counted, and traced on any platform."""
+    return network.clone(attention="auto") if getattr(network, "attention", "auto") != "auto" else network
+
+
 def _inputs(network: nn.Module, image_shape: tuple[int, ...], batch: int) -> tuple[Any, ...]:
     """Shapes of variables, x, c_noise, class labels and augmentation labels of a batch."""
 
     def shape(*sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
-    variables = jax.eval_shape(network.init, jax.random.key(0), shape(1, *image_shape), shape(1))
+    variables = jax.eval_shape(_plain(network).init, jax.random.key(0), shape(1, *image_shape), shape(1))
     labels = [shape(batch, width) if width else None for width in (network.label_dim, network.augment_dim)]
     return variables, shape(batch, *image_shape), shape(batch), *labels
 
@@ -130,12 +135,19 @@ def parameter_count(network: nn.Module, image_shape: tuple[int, ...]) -> int:
 
 def forward_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
     """Operations of one pass over one image."""
-    return count_flops(network.apply, *_inputs(network, image_shape, 1))
+    return count_flops(_plain(network).apply, *_inputs(network, image_shape, 1))
 
 
 def train_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
-    """Operations per training image, see :data:`TRAIN_PASSES`."""
+    """Operations per training image, see :data:`TRAIN_PASSES`; what is computed twice to save memory counts once."""
     return TRAIN_PASSES * forward_flops(network, image_shape)
+
+
+def recomputed_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
+    """Operations per training image that the blocks of ``network.remat`` add to :func:`train_flops`."""
+    jaxpr = jax.make_jaxpr(_plain(network).apply)(*_inputs(network, image_shape, 1)).jaxpr
+    # JAX's primitive of jax.checkpoint has had both names.
+    return sum(_equation_flops(eqn) for eqn in jaxpr.eqns if eqn.primitive.name in ("checkpoint", "remat2"))
 
 
 def state_bytes(parameters: int, accumulation: int = 1) -> int:
@@ -151,13 +163,33 @@ def activation_bytes(network: nn.Module, image_shape: tuple[int, ...], batch: in
 
     XLA recomputes what is cheap instead of keeping it, but needs room of its own in the backward pass: compiled
     for CPUs, train steps in float32 took 0.8 to 1.0 of this (and in bfloat16, which CPUs compute in float32, 1.1
-    to 1.4).  Parameters are not in it (see :func:`state_bytes`), but their casts to the compute type are.
+    to 1.4).  Parameters are not in it (see :func:`state_bytes`), but their casts to the compute type are.  Of the
+    blocks of ``network.remat`` the inputs are in it, and the inside of one of them, of mean size: that which is being
+    computed again.
     """
+    kept = _kept_bytes(network, image_shape, batch)
+    remat = getattr(network, "remat", ())
+    if not remat:
+        return kept
+    one_inside = 0
+    for res in remat:
+        rest = network.clone(remat=tuple(other for other in remat if other != res))
+        one_inside = max(one_inside, (_kept_bytes(rest, image_shape, batch) - kept) // _blocks_at(network, res))
+    return kept + one_inside
+
+
+def _blocks_at(network: Any, res: int) -> int:
+    """Residual blocks at a resolution: the encoder's, one more of the decoder, and those that change resolution."""
+    finest, coarsest = res == network.resolution, res == network.resolution >> len(network.channel_mult) - 1
+    return 2 * network.num_blocks + 1 + (not finest) + (2 if coarsest else 1)
+
+
+def _kept_bytes(network: nn.Module, image_shape: tuple[int, ...], batch: int) -> int:
     variables, *inputs = _inputs(network, image_shape, batch)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
 
     def kept(variables: Any, inputs: Any, keys: jax.Array) -> list[jax.Array]:
-        pull_back = jax.vjp(lambda v: network.apply(v, *inputs, dropout_keys=keys), variables)[1]
+        pull_back = jax.vjp(lambda v: _plain(network).apply(v, *inputs, dropout_keys=keys), variables)[1]
         given = {id(leaf) for leaf in jax.tree.leaves((variables, inputs, keys))}
         # One array may serve several derivatives: it is kept once.
         return list({id(leaf): leaf for leaf in jax.tree.leaves(pull_back) if id(leaf) not in given}.values())
@@ -174,6 +206,7 @@ class Plan:
       dtype: compute type of the network.
       parameters: of the network.
       forward_flops: operations of one pass over one image.
+      recomputed_flops: operations that a training image takes beside the three passes, see there.
       activation_bytes_fixed, activation_bytes_per_image: :func:`activation_bytes`, which is affine in the batch.
       images, batch_size, accumulation: of the run, over all devices.
       nfe: passes per sample.
@@ -195,6 +228,7 @@ class Plan:
     accelerator: Accelerator
     num_devices: int
     utilisation: float
+    recomputed_flops: int = 0
     price: float | None = None
 
     @property
@@ -205,7 +239,7 @@ class Plan:
     @property
     def step_flops(self) -> int:
         """Of one optimiser step on all devices."""
-        return self.batch_size * TRAIN_PASSES * self.forward_flops
+        return self.batch_size * (TRAIN_PASSES * self.forward_flops + self.recomputed_flops)
 
     @property
     def training_flops(self) -> int:

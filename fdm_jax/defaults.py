@@ -21,6 +21,7 @@ def default_config() -> ConfigDict:
     config.seed = 0  # of everything random: parameters, data order, noise
     config.parallel = "jit"  # how several devices are used: jit (over a mesh), fsdp (the state dealt out too) or pmap
     config.init_from = placeholder(str)  # a workdir whose averaged weights a new run starts from
+    config.remat = ()  # resolutions whose blocks are computed again in the backward pass, to save memory: (32, 16)
     config.warmup_steps = 0  # FDM's loss-weight warm-up, in optimiser steps; 0: none
 
     config.family = ConfigDict()
@@ -40,6 +41,7 @@ def default_config() -> ConfigDict:
     config.network.dropout = 0.1
     config.network.label_dropout = 0.0  # share of examples that are shown no class, for guidance
     config.network.dtype = "float32"  # compute type of the convolutions: float32 or bfloat16
+    config.network.attention = "auto"  # how it is computed: auto, xla, or cudnn (NVIDIA GPUs, bfloat16)
 
     config.augment = ConfigDict()
     config.augment.probability = 0.0  # of each geometric augmentation; 0: none

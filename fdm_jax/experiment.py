@@ -26,7 +26,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 FREE_FIELDS = (
     "init_from", "train.images", "train.accumulation", "train.max_bad_steps", "train.steps_at_once",
     "log.", "checkpoint.", "samples.", "eval.",
-    "parallel",
+    "parallel", "remat", "network.attention",
     "data.source", "data.data_dir", "data.cache_mb", "data.threads", "data.workers", "data.device_prefetch",
 )  # fmt: skip
 
@@ -98,6 +98,7 @@ class Experiment:
             augment_dim=NUM_LABELS if takes_augment_labels else 0,
             **{k: v for k, v in config.network.items() if k != "dtype"},
             dtype=DTYPES[config.network.dtype],
+            remat=config.remat,
         )
         momentum = Momentum(multiplier=config.momentum.multiplier) if config.momentum.enabled else None
         fields = {k: v for k, v in config.family.items() if k != "name"}

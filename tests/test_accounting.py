@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from fdm_jax import accounting
 from fdm_jax.accounting import (
     ACCELERATORS,
     Accelerator,
@@ -14,6 +15,7 @@ from fdm_jax.accounting import (
     count_flops,
     forward_flops,
     parameter_count,
+    recomputed_flops,
     state_bytes,
     train_flops,
 )
@@ -138,6 +140,36 @@ def test_activations_are_affine_in_the_batch():
     one, two, five = (activation_bytes(TINY, (8, 8, 1), batch) for batch in (1, 2, 5))
     assert five == one + 4 * (two - one)
     assert activation_bytes(TINY.clone(dtype=jnp.bfloat16), (8, 8, 1), 5) < 0.8 * five
+
+
+DEEPER = SongUNet(16, 1, 0, 0, "ddpmpp", 8, (1, 1), 1, num_blocks=2, attn_resolutions=(), dropout=0.1)
+
+
+def test_rematerialised_blocks_take_less_memory_and_more_operations():
+    shape = (16, 16, 1)
+    kept = [activation_bytes(DEEPER.clone(remat=remat), shape, 4) for remat in ((), (8,), (16,), (16, 8))]
+    assert kept[0] > kept[1] > kept[2] > kept[3] > 0.1 * kept[0]
+    fine, coarse, both = (recomputed_flops(DEEPER.clone(remat=remat), shape) for remat in ((16,), (8,), (16, 8)))
+    assert recomputed_flops(DEEPER, shape) == 0 < coarse < fine and both == fine + coarse
+    forward = forward_flops(DEEPER.clone(remat=(16, 8)), shape)
+    assert forward == forward_flops(DEEPER, shape) and 0.8 * forward < both < forward  # all but the ends are blocks
+    assert dataclasses.replace(PLAN, recomputed_flops=10).step_flops == PLAN.step_flops + 64 * 10
+
+
+def test_blocks_are_counted():
+    for network in (DEEPER, TINY, DEEPER.clone(resolution=32, channel_mult=(1, 1, 1))):
+        inputs = shape(1, network.resolution, network.resolution, 1), shape(1)
+        blocks = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+        for level in range(len(network.channel_mult)):
+            res = network.resolution >> level
+            named = [name for name in blocks if f"_{res}x{res}_" in name and "conv0" in blocks[name]]
+            assert accounting._blocks_at(network, res) == len(named)
+
+
+def test_what_cannot_be_traced_here_can_be_counted():
+    cudnn = TINY.clone(attention="cudnn", dtype=jnp.bfloat16)
+    assert forward_flops(cudnn, (8, 8, 1)) == forward_flops(TINY, (8, 8, 1))
+    assert activation_bytes(cudnn, (8, 8, 1), 2) == activation_bytes(cudnn.clone(attention="xla"), (8, 8, 1), 2)
 
 
 PLAN = Plan(

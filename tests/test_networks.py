@@ -30,6 +30,27 @@ def test_golden_group_norm(golden, channels):
     np.testing.assert_allclose(y, nhwc(data["y"]), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_group_norm_of_cpus_is_that_of_other_platforms(monkeypatch, dtype):
+    """Values and derivatives, where the mean is ten times the spread of what is normalised."""
+    x = (1 + 0.1 * jax.random.normal(jax.random.key(0), (2, 5, 4, 24))).astype(dtype)
+    cpu = group_norm(24, dtype, None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    flax = group_norm(24, dtype, None)
+    assert type(cpu) is not type(flax)
+    params = {"params": {"scale": jnp.linspace(0.5, 2, 24), "bias": jnp.linspace(-1, 1, 24)}}
+    assert jax.tree.structure(cpu.init(jax.random.key(0), x)) == jax.tree.structure(flax.init(jax.random.key(0), x))
+
+    def all_of(module):
+        y, pull = jax.vjp(lambda p, x: module.apply(p, x), params, x)
+        assert y.dtype == dtype
+        return y, pull(jnp.cos(y)), jax.jvp(lambda x: module.apply(params, x), (x,), (x**2,))
+
+    for a, b in zip(jax.tree.leaves(all_of(cpu)), jax.tree.leaves(all_of(flax)), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, atol=(2e-2 if dtype == jnp.bfloat16 else 2e-5) * np.abs(b).max())
+
+
 @pytest.mark.parametrize("fused", ["plain", "fused"])
 @pytest.mark.parametrize("kernel", [0, 1, 3])
 @pytest.mark.parametrize("resample", ["none", "up", "down"])
@@ -248,11 +269,57 @@ def test_bfloat16_computes_close_to_float32(tiny_network):
         (dict(resolution=32, preset="ddpm"), "did you mean 'ddpmpp'"),
         (dict(resolution=32, channel_mult=()), "channel_mult"),
         (dict(resolution=32, dropout=1.0), "network.dropout"),
+        (dict(resolution=32, remat=(16, 12)), r"remat names the resolution 12, and the network's are \[32, 16, 8, 4\]"),
+        (dict(resolution=32, attention="cuddn"), "network.attention is 'cuddn': did you mean 'cudnn'"),
+        (dict(resolution=32, attention="cudnn"), "needs network.dtype = 'bfloat16', and that is 'float32'"),
+        (
+            dict(resolution=32, attention="cudnn", dtype=jnp.bfloat16, model_channels=160),
+            "at most 256 .* there are 320",
+        ),
     ],
 )
 def test_bad_shapes_are_refused_when_built(fields, message):
     with pytest.raises(UserError, match=message):
         SongUNet(**fields)
+
+
+def test_cudnn_attention_is_refused_on_a_cpu_before_anything_is_compiled():
+    network = SongUNet(8, 1, 0, 0, "ddpmpp", 8, (1,), num_blocks=1, attention="cudnn", dtype=jnp.bfloat16)
+    with pytest.raises(UserError, match="'cudnn', which runs on NVIDIA GPUs only, and this is a cpu"):
+        jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
+
+
+def test_rematerialised_blocks_change_neither_parameters_nor_gradients(tiny_network):
+    network, variables = tiny_network
+    variables = jax.tree.map(lambda p: p + 0.05, variables)
+    rematerialised = network.clone(remat=(8,))
+    x, keys = jax.random.normal(jax.random.key(2), (4, 8, 8, 1)), jax.random.split(jax.random.key(1), 4)
+
+    def gradients(network):
+        def loss(params):
+            y = network.apply(
+                {"params": params}, x, jnp.ones(4), jax.nn.one_hot(jnp.arange(4) % 3, 3), dropout_keys=keys
+            )
+            return jnp.sum(jnp.sin(y))
+
+        return jax.jit(jax.grad(loss))(variables["params"])
+
+    shapes = jax.eval_shape(rematerialised.init, jax.random.key(0), x[:1], jnp.zeros(1))
+    assert jax.tree.structure(shapes) == jax.tree.structure(variables)
+    plain, again = gradients(network), gradients(rematerialised)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * scale), plain, again)
+
+
+def test_rematerialised_network_has_derivatives_forwards(tiny_network):
+    """Likelihoods push tangents through the network."""
+    network, variables = tiny_network
+    x = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
+
+    def push(network):
+        return jax.jit(lambda x: jax.jvp(lambda x: network.apply(variables, x, jnp.ones(2)), (x,), (x,))[1])(x)
+
+    np.testing.assert_allclose(push(network.clone(remat=(4, 8))), push(network), rtol=1e-5, atol=1e-9)
 
 
 def test_labels_of_the_wrong_width_are_refused():

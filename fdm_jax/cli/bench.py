@@ -8,7 +8,10 @@ Fields: images_per_second (median, with the lowest and highest of up to five rep
 multiply-adds of convolutions and matrix products, training as three forward passes), tflops (what these come to),
 matmul_tflops (of large matrix products of the same type on the same devices in the same run) and matmul_share (the
 ratio of the two: how much of the machine the network uses).  compile_seconds is short when JAX's compile cache has
-the program; temporary_mib is what the compiler sets aside per device beside inputs and outputs.
+the program; temporary_mib is what the compiler sets aside per device beside inputs and outputs; peak_mib is the
+most that was in use on a device, as the device says (peak_from "device") or, where it does not or had seen more
+before, inputs, outputs and temporary memory as the compiler gives them ("compiler").  Of sampling, sampler_overhead
+is the share by which the sampler takes longer than nfe forward passes of the network on the same batch.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdm_jax.errors import UserError, nearest
 
@@ -43,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--what", default="train,sample", help="default: %(default)s")
     parser.add_argument(
         "--sampling-steps", type=int, default=18, metavar="N", help="of the sampler (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--remat", metavar="RES,...", help="resolutions whose blocks are rematerialised (default: the configuration's)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute type (default: the configuration's)")
     parser.add_argument("--cifar10", action="store_true", help="without --config: also the network for CIFAR-10")
@@ -90,7 +96,16 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 f"{spec.accumulation} round(s) of accumulation: set --batch-size."
             )
         network = case.network.clone(dtype=args.dtype) if args.dtype else case.network
+        if args.remat is not None:
+            network = network.clone(remat=_resolutions(args.remat))
         yield dataclasses.replace(case, network=network, spec=spec)
+
+
+def _resolutions(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"--remat must be resolutions such as 32,16, and is {text!r}.") from None
 
 
 def configured_case(args: argparse.Namespace) -> Iterator[Case]:
@@ -122,12 +137,25 @@ def builtin_cases(cifar10: bool) -> Iterator[Case]:
         yield case("cifar10", SongUNet(32, 3, 10, 9, "ddpmpp", 128, (2, 2, 2), 4, 4, (16,), 0.13), 4)
 
 
-def bench_training(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+class Program(NamedTuple):
+    """A compiled program with its inputs.
+
+    Attributes:
+      compiled: see ``jax.stages.Compiled``.
+      compile_seconds: that it took.
+      call: runs it once, and does not wait for it.
+    """
+
+    compiled: Any
+    compile_seconds: float
+    call: Callable[[], Any]
+
+
+def training_program(case: Case) -> Program:
     """The whole train step, fed with the same batch over and over; data loading is not in it."""
     import jax
     import numpy as np
 
-    from fdm_jax import accounting
     from fdm_jax.devices import make_mesh
     from fdm_jax.training.parallel import parallelise
     from fdm_jax.training.step import init_state, make_train_step
@@ -149,39 +177,70 @@ def bench_training(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         state, metrics = step(state, batch)
         return metrics
 
+    return Program(step, compile_seconds, call)
+
+
+def bench_training(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """The train step."""
+    from fdm_jax import accounting
+
+    before = _peak_bytes()
+    program = training_program(case)
     repeats = min(REPEATS, args.steps)
-    seconds = time_calls(call, repeats, args.steps // repeats)
-    flops = accounting.train_flops(network, case.image_shape)
-    return _report("train", case, flops, compile_seconds, seconds, step)
+    seconds = time_calls(program.call, repeats, args.steps // repeats)
+    return _report("train", case, accounting.train_flops(case.network, case.image_shape), program, seconds, before)
 
 
-def bench_sampling(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """EDM's deterministic sampler from seeds to 8-bit images; parameters are random, which costs the same."""
+def sampling_programs(case: Case, steps: int) -> tuple[Program, Program]:
+    """EDM's deterministic sampler from seeds to 8-bit images, and one forward pass of the network on such a batch.
+
+    Parameters are random, which costs the same.
+    """
     import jax
     import jax.numpy as jnp
 
-    from fdm_jax import accounting
     from fdm_jax.devices import make_mesh, replicated, sharded
     from fdm_jax.sampling.generate import make_generate_fn
     from fdm_jax.training.step import init_state
 
-    mesh, spec = make_mesh(), case.spec
+    mesh, spec, network = make_mesh(), case.spec, case.network
     rows, whole = sharded(mesh), replicated(mesh)
-    generate = make_generate_fn(
-        case.network, case.family, case.image_shape, spec.num_classes, steps=args.sampling_steps
-    )
+    generate = make_generate_fn(network, case.family, case.image_shape, spec.num_classes, steps=steps)
 
-    def inputs() -> tuple[Any, jax.Array, jax.Array]:
-        state = init_state(case.network, spec, case.image_shape)
+    def inputs() -> tuple[Any, ...]:
+        state = init_state(network, spec, case.image_shape)
         seeds = jnp.arange(spec.batch_size, dtype=jnp.uint32)
-        return {"params": state.ema, **state.constants}, seeds, (seeds % max(spec.num_classes, 1)).astype(jnp.int32)
+        labels = (seeds % max(spec.num_classes, 1)).astype(jnp.int32)
+        images = jnp.ones((spec.batch_size, *case.image_shape))
+        return {"params": state.ema, **state.constants}, seeds, labels, images
 
-    placed = jax.jit(inputs, out_shardings=(whole, rows, rows))()
-    sample, compile_seconds = _compile(jax.jit(generate, in_shardings=(whole, rows, rows), out_shardings=rows), *placed)
-    seconds = time_calls(lambda: sample(*placed), min(REPEATS, args.steps), 1)
-    nfe = 2 * args.sampling_steps - 1
+    variables, seeds, labels, images = jax.jit(inputs, out_shardings=(whole, rows, rows, rows))()
+
+    def forward(variables: Any, images: jax.Array, labels: jax.Array) -> Any:
+        class_labels = jax.nn.one_hot(labels, spec.num_classes) if spec.num_classes else None
+        return network.apply(variables, images, jnp.ones(len(images)), class_labels)
+
+    def program(function: Any, *args: Any) -> Program:
+        jitted = jax.jit(function, in_shardings=(whole, rows, rows), out_shardings=rows)
+        compiled, compile_seconds = _compile(jitted, *args)
+        return Program(compiled, compile_seconds, lambda: compiled(*args))
+
+    return program(generate, variables, seeds, labels), program(forward, variables, images, labels)
+
+
+def bench_sampling(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """The sampler, and by how much it takes longer than its forward passes."""
+    from fdm_jax import accounting
+
+    before = _peak_bytes()
+    sampler, forward = sampling_programs(case, args.sampling_steps)
+    nfe, seconds, overheads = 2 * args.sampling_steps - 1, [], []
+    for _ in range(min(REPEATS, args.steps)):  # one after the other: a machine's speed changes with the minute
+        seconds += time_calls(sampler.call, 1, 1)
+        overheads.append(seconds[-1] / (nfe * time_calls(forward.call, 1, nfe)[0]) - 1)
     flops = nfe * accounting.forward_flops(case.network, case.image_shape)
-    return _report("sample", case, flops, compile_seconds, seconds, sample) | {"nfe": nfe}
+    overhead = round(statistics.median(overheads), 4)
+    return _report("sample", case, flops, sampler, seconds, before) | {"nfe": nfe, "sampler_overhead": overhead}
 
 
 MEASURES: dict[str, Callable[[Case, argparse.Namespace], dict[str, Any]]] = {
@@ -243,8 +302,31 @@ def matmul_tflops(dtype: Any, size: int | None = None, seconds: float = MATMUL_S
     return count * 2 * size**3 / best(count) / 1e12
 
 
+def _peak_bytes() -> int | None:
+    """The most that was ever in use on one of this process's devices; None where devices do not say."""
+    import jax
+
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)
+
+
+def _peak(memory: Any, before: int | None, after: int | None) -> dict[str, Any]:
+    """Peak memory of a program, in MiB, and who says so.
+
+    Args:
+      memory: what the compiler says of it, if it does.
+      before, after: :func:`_peak_bytes`; devices remember the peak of all that has run, not of one program.
+    """
+    if after is not None and (before is None or after > before):
+        return {"peak_mib": _digits(after / 2**20), "peak_from": "device"}
+    if not memory:
+        return {"peak_mib": None, "peak_from": None}
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {"peak_mib": _digits((held + memory.temp_size_in_bytes) / 2**20), "peak_from": "compiler"}
+
+
 def _report(
-    what: str, case: Case, flops: int, compile_seconds: float, seconds: list[float], compiled: Any
+    what: str, case: Case, flops: int, program: Program, seconds: list[float], peak_before: int | None
 ) -> dict[str, Any]:
     """One measurement; ``flops`` are per image, ``seconds`` per batch."""
     import jax
@@ -255,8 +337,9 @@ def _report(
     network, batch, devices = case.network, case.spec.batch_size, jax.device_count()
     rates = [batch / s for s in seconds]
     rate = statistics.median(rates)
+    memory = program.compiled.memory_analysis()
+    peak = _peak(memory, peak_before, _peak_bytes())
     matmul = devices * matmul_tflops(network.dtype)
-    memory = compiled.memory_analysis()
     return {
         "what": what,
         "name": case.name,
@@ -268,7 +351,7 @@ def _report(
         "devices": devices,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "compile_seconds": round(compile_seconds, 2),
+        "compile_seconds": round(program.compile_seconds, 2),
         "images_per_second": _digits(rate),
         "images_per_second_range": [_digits(min(rates)), _digits(max(rates))],
         "gflop_per_image": _digits(flops / 1e9),
@@ -276,6 +359,8 @@ def _report(
         "matmul_tflops": _digits(matmul),
         "matmul_share": _digits(rate * flops / 1e12 / matmul),
         "temporary_mib": _digits(memory.temp_size_in_bytes / 2**20) if memory else None,
+        **peak,
+        "remat": list(network.remat),
     }
 
 

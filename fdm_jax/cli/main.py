@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from fdm_jax import __version__
 from fdm_jax.cli.places import check_local
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError
+from fdm_jax.host_memory import keep_freed_memory
 from fdm_jax.whole_files import refusal
 
 COMMANDS = (
@@ -28,6 +29,7 @@ COMMANDS = (
     "export",
     "plan",
     "bench",
+    "profile",
     "demo",
 )
 
@@ -79,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     try:
         check_local(args)
+        keep_freed_memory()
         use_compile_cache()
         return args.run(args)
     except UserError as error:

@@ -94,6 +94,7 @@ def make_plan(
         accelerator=accelerator,
         num_devices=num_devices,
         utilisation=utilisation,
+        recomputed_flops=accounting.recomputed_flops(network, experiment.image_shape),
         price=price,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -168,7 +169,10 @@ def load_model(workdir: Path, step: int | str | None = None) -> Loaded:
 
     read_config(workdir)  # says so if it is none
     checkpoint, variables, meta = Checkpoints(workdir / "checkpoints", read_only=True).restore_model(step)
-    return Loaded(checkpoint, Experiment.from_config(from_dict(meta["config"])), variables)
+    experiment = Experiment.from_config(from_dict(meta["config"]))
+    # The run's way to compute attention may not be this machine's.
+    network = experiment.network.clone(attention="auto")
+    return Loaded(checkpoint, dataclasses.replace(experiment, network=network), variables)
 
 
 def load_guidance(args: argparse.Namespace, model: Loaded) -> tuple[Guidance | None, Any, Any]:

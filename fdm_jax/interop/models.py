@@ -61,7 +61,7 @@ class Model:
           UserError: a parameter is missing, left over, or of another shape.
         """
         experiment = Experiment.from_config(from_dict(config))
-        network = experiment.network
+        network = experiment.network.clone(attention="auto")  # the run's way to compute it may not be this machine's
         height, width, channels = experiment.image_shape
         wanted = jax.eval_shape(
             network.init, jax.random.key(0), jnp.zeros((1, height, width, channels)), jnp.zeros(1)

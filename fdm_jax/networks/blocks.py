@@ -10,10 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fdm_jax.errors import UserError
 from fdm_jax.networks.resample import downsample, upsample
 
 Dtype = Any
 SQRT_HALF = math.sqrt(0.5)
+EPSILON = 1e-6  # of GroupNorm
 
 
 def xavier_uniform(scale: float = 1.0) -> nn.initializers.Initializer:
@@ -27,9 +29,41 @@ def num_groups(channels: int) -> int:
     return max(min(32, channels // 4), 1)
 
 
-def group_norm(channels: int, dtype: Dtype, name: str) -> nn.GroupNorm:
-    """GroupNorm with eps 1e-6; statistics in float32 by the two-pass formula, which small inputs need."""
-    return nn.GroupNorm(num_groups(channels), epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+def group_norm(channels: int, dtype: Dtype, name: str | None) -> nn.Module:
+    """GroupNorm with eps 1e-6; statistics in float32 by the two-pass formula, which small inputs need.
+
+    On CPUs :class:`PixelsFirstGroupNorm`, elsewhere Flax's; parameters and numbers are the same up to rounding.
+    """
+    groups = num_groups(channels)
+    if jax.default_backend() == "cpu":
+        return PixelsFirstGroupNorm(groups, dtype, name=name)
+    return nn.GroupNorm(groups, epsilon=EPSILON, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class PixelsFirstGroupNorm(nn.Module):
+    """GroupNorm over [B, H, W, C] that sums over pixels before it sums over the channels of a group.
+
+    Over the few channels of a group first, as Flax has it, XLA's CPU programs cannot fill a vector; this way norm
+    and silu take half the time, forward and backward.
+    """
+
+    num_groups: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, H, W, C = x.shape
+        scale = self.param("scale", nn.initializers.ones, (C,))
+        bias = self.param("bias", nn.initializers.zeros, (C,))
+
+        def mean(values: jax.Array) -> jax.Array:
+            """Of each group, for each of its channels: [B, 1, 1, C]."""
+            groups = jnp.mean(values, axis=(1, 2)).reshape(B, self.num_groups, C // self.num_groups).mean(axis=-1)
+            return jnp.repeat(groups, C // self.num_groups, axis=-1)[:, None, None, :]
+
+        centred = x.astype(jnp.float32)
+        centred = centred - mean(centred)
+        return (centred * (jax.lax.rsqrt(mean(jnp.square(centred)) + EPSILON) * scale) + bias).astype(self.dtype)
 
 
 class Conv(nn.Module):
@@ -82,9 +116,14 @@ class Conv(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, one head; softmax in float32.  Residual: (x + proj(attend(x))) / sqrt(2)."""
+    """Self-attention over all pixels, one head; softmax in float32.  Residual: (x + proj(attend(x))) / sqrt(2).
+
+    Attributes:
+      implementation: see :func:`attend`.
+    """
 
     dtype: Dtype = jnp.float32
+    implementation: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -92,13 +131,43 @@ class Attention(nn.Module):
         h = group_norm(C, self.dtype, "norm2")(x)
         qkv = Conv(3 * C, 1, init_scale=math.sqrt(0.2), dtype=self.dtype, name="qkv")(h)
         q, k, v = jnp.split(qkv.reshape(B, H * W, 1, 3 * C), 3, axis=-1)
-        h = attend(q, k, v).reshape(B, H, W, C)
+        h = attend(q, k, v, self.implementation).reshape(B, H, W, C)
         return (Conv(C, 1, init_scale=1e-5, dtype=self.dtype, name="proj")(h) + x) * jnp.asarray(SQRT_HALF, x.dtype)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(C)) v for q, k, v [B, positions, heads, C]."""
-    return jax.nn.dot_product_attention(q, k, v)
+# How attention is computed.  "auto" is what is known to be best; up to now that is XLA's everywhere.
+ATTENTION = ("auto", "xla", "cudnn")
+CUDNN_MAX_CHANNELS = 256
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "auto") -> jax.Array:
+    """softmax(q k^T / sqrt(C)) v for q, k, v [B, positions, heads, C].
+
+    Args:
+      implementation: one of :data:`ATTENTION`.  "cudnn" is NVIDIA's fused kernel, which keeps no [positions,
+        positions] matrix: for bfloat16 and at most 256 channels.
+
+    Raises:
+      UserError: "cudnn" where it cannot run.
+    """
+    if implementation == "cudnn":
+        check_cudnn(q.dtype, q.shape[-1])
+        if (backend := jax.default_backend()) != "gpu":
+            raise UserError(f"network.attention is 'cudnn', which runs on NVIDIA GPUs only, and this is a {backend}.")
+    chosen: Any = None if implementation == "auto" else implementation
+    return jax.nn.dot_product_attention(q, k, v, implementation=chosen)
+
+
+def check_cudnn(dtype: Dtype, channels: int) -> None:
+    """Raise a UserError unless cuDNN's attention takes such values."""
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        raise UserError(
+            f"network.attention is 'cudnn', which needs network.dtype = 'bfloat16', and that is {jnp.dtype(dtype).name!r}."
+        )
+    if channels > CUDNN_MAX_CHANNELS:
+        raise UserError(
+            f"network.attention is 'cudnn', which takes at most {CUDNN_MAX_CHANNELS} channels, and there are {channels}."
+        )
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
@@ -119,6 +188,7 @@ class UNetBlock(nn.Module):
       resample, resample_filter: see :class:`Conv`.
       attention: append self-attention.
       dropout: rate; used when the call is given keys.
+      attention_implementation: see :func:`attend`.
     """
 
     features: int
@@ -127,6 +197,7 @@ class UNetBlock(nn.Module):
     attention: bool = False
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    attention_implementation: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
@@ -142,4 +213,6 @@ class UNetBlock(nn.Module):
         if self.resample is not None or x.shape[-1] != self.features:
             x = Conv(self.features, 1, **resampled, name="skip")(x)
         x = (h + x) * jnp.asarray(SQRT_HALF, h.dtype)
-        return Attention(self.dtype, name="attention")(x) if self.attention else x
+        if self.attention:
+            x = Attention(self.dtype, self.attention_implementation, name="attention")(x)
+        return x

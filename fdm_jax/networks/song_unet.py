@@ -16,7 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from fdm_jax.errors import UserError, nearest
-from fdm_jax.networks.blocks import SQRT_HALF, Conv, Dtype, UNetBlock, group_norm, num_groups, xavier_uniform
+from fdm_jax.networks.blocks import (
+    ATTENTION,
+    SQRT_HALF,
+    Conv,
+    Dtype,
+    UNetBlock,
+    check_cudnn,
+    group_norm,
+    num_groups,
+    xavier_uniform,
+)
 from fdm_jax.networks.embeddings import FourierEmbedding, positional_embedding
 
 # What sets the two networks apart.
@@ -43,6 +53,9 @@ class SongUNet(nn.Module):
       dropout: rate in the residual blocks.
       label_dropout: chance that a training example is shown no class, for classifier-free guidance.
       dtype: compute type, float32 or bfloat16.  float16 loses the network's input at high noise.
+      attention: how it is computed, see :func:`~fdm_jax.networks.blocks.attend`.
+      remat: resolutions whose residual blocks keep only their inputs for the backward pass, which computes the rest
+        again: less memory for another forward pass of theirs.  Parameters and numbers are the same.
 
     Raises:
       UserError: when built with values that do not fit together.
@@ -61,6 +74,8 @@ class SongUNet(nn.Module):
     dropout: float = 0.1
     label_dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    attention: str = "auto"
+    remat: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         self._check()
@@ -85,6 +100,16 @@ class SongUNet(nn.Module):
                 raise UserError(f"network.{name} must be at least 0 and below 1, and is {getattr(self, name)}.")
         if self.model_channels % 2 or self.model_channels < 4:
             raise UserError(f"network.model_channels must be even and at least 4, and is {self.model_channels}.")
+        resolutions = [self.resolution >> level for level in range(len(self.channel_mult))]
+        for res in self.remat:
+            if res not in resolutions:
+                raise UserError(f"remat names the resolution {res}, and the network's are {resolutions}.")
+        if self.attention not in ATTENTION:
+            raise UserError(f"network.attention is {self.attention!r}: {nearest(self.attention, ATTENTION)}")
+        if self.attention == "cudnn":
+            widths = zip(resolutions, self.channel_mult, strict=True)
+            attending = [mult for res, mult in widths if res in self.attn_resolutions or res == resolutions[-1]]
+            check_cudnn(self.dtype, self.model_channels * max(attending))
         for width in self._norm_widths():
             if width % num_groups(width):
                 raise UserError(
@@ -168,6 +193,7 @@ class SongUNet(nn.Module):
           [B, resolution, resolution, channels] in ``dtype``.
         """
         preset = PRESETS[self.preset]
+        rematerialised = nn.remat(UNetBlock)
         taps, levels = preset["resample_filter"], len(self.channel_mult)
         count = 0
 
@@ -180,8 +206,10 @@ class SongUNet(nn.Module):
             return jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, count)
 
         def block(name: str, features: int, x: jax.Array, attention: bool = False, resample: str | None = None) -> Any:
-            module = UNetBlock(features, resample, taps, attention, self.dropout, self.dtype, name=name)
-            return module(x, emb, next_keys())
+            """A block at resolution ``res``."""
+            kind = rematerialised if res in self.remat else UNetBlock
+            settings = (resample, taps, attention, self.dropout, self.dtype, self.attention)
+            return kind(features, *settings, name=name)(x, emb, next_keys())
 
         emb = self._embedding(c_noise, class_labels, augment_labels, next_keys())
         x = aux = x.astype(self.dtype)

@@ -33,7 +33,8 @@ def test_both_measurements(capsys, matmul):
         assert line["tflops"] == pytest.approx(line["images_per_second"] * line["gflop_per_image"] / 1000, rel=1e-2)
         assert line["matmul_tflops"] == 4 and line["matmul_share"] == pytest.approx(line["tflops"] / 4, rel=1e-2)
         assert line["compile_seconds"] > 0
-    assert sample["nfe"] == 3
+        assert line["peak_from"] == "compiler" and line["peak_mib"] > line["temporary_mib"] > 0
+    assert sample["nfe"] == 3 and sample["sampler_overhead"] > -0.9
     assert sample["gflop_per_image"] == pytest.approx(train["gflop_per_image"], rel=1e-3)  # 3 passes each
 
 
@@ -42,6 +43,8 @@ def test_both_measurements(capsys, matmul):
     [
         ("--what=training", "--what cannot be 'training': did you mean 'train'?"),
         ("--steps=0", "--steps must be 1 or more, and is 0."),
+        ("--remat=8,fine", "--remat must be resolutions such as 32,16, and is '8,fine'."),
+        ("--remat=16", "remat names the resolution 16, and the network's are [8, 4]."),
         ("--batch-size=12", "The batch size is 12, and must divide by 8 device(s)"),
     ],
 )
@@ -51,7 +54,7 @@ def test_mistakes(capsys, wrong, sentence):
 
 
 def cases(**changes):
-    args = dict(config=None, batch_size=None, dtype=None, cifar10=False, overrides=[]) | changes
+    args = dict(config=None, batch_size=None, dtype=None, remat=None, cifar10=False, overrides=[]) | changes
     return list(bench.cases(argparse.Namespace(**args)))
 
 
@@ -61,6 +64,35 @@ def test_built_in_cases():
     _, cifar10 = cases(cifar10=True, dtype="bfloat16", batch_size=16)
     assert cifar10.spec.batch_size == 16 and jnp.dtype(cifar10.network.dtype) == jnp.bfloat16
     assert cifar10.network.channel_mult == (2, 2, 2) and cifar10.image_shape == (32, 32, 3)
+
+
+def test_rematerialised_cases():
+    (digits,) = cases(remat="8,4")
+    assert digits.network.remat == (8, 4)
+    (digits,) = cases(remat="")
+    assert digits.network.remat == ()
+
+
+class Memory:
+    argument_size_in_bytes, output_size_in_bytes, alias_size_in_bytes, temp_size_in_bytes = (
+        5 << 20,
+        4 << 20,
+        3 << 20,
+        2 << 20,
+    )
+
+
+@pytest.mark.parametrize(
+    ("memory", "before", "after", "peak"),
+    [
+        (Memory, None, None, (8, "compiler")),
+        (Memory, 10 << 20, 20 << 20, (20, "device")),
+        (Memory, 20 << 20, 20 << 20, (8, "compiler")),  # what ran before had needed more
+        (None, None, None, (None, None)),
+    ],
+)
+def test_peak_memory(memory, before, after, peak):
+    assert bench._peak(memory, before, after) == dict(zip(("peak_mib", "peak_from"), peak, strict=True))
 
 
 def test_accumulation_of_a_configuration_counts():

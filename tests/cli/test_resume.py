@@ -82,6 +82,17 @@ def test_other_modes_continue_what_jit_began(straight_run, data_dir, tmp_path, m
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
+def test_ways_to_compute_the_network_may_change_on_the_way(straight_run, data_dir, tmp_path):
+    """Rematerialised blocks and an attention chosen by name continue a checkpoint without, to the same curve."""
+    workdir = tmp_path / "run"
+    assert main(tiny.arguments(workdir, data_dir, "--config.train.images=192")) == 0
+    ways = ["--config.remat=(8,)", "--config.network.attention=xla"]
+    assert main(tiny.arguments(workdir, data_dir, *ways)) == 0
+    losses = [[row["loss"] for row in rows(run)] for run in (straight_run, workdir)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert checkpoint(workdir, 20)[0].keys() == checkpoint(straight_run, 20)[0].keys()
+
+
 def wait_for(condition, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():

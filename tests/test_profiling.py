@@ -1,0 +1,107 @@
+"""Reading traces: times of operations inside of others, idle devices, and what a program says of its operations."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fdm_jax import profiling
+from fdm_jax.profiling import OUTSIDE, UNNAMED, Event, idle, instructions, module_of, own_times
+
+
+def test_own_times():
+    """A loop holds two operations, one of which ran twice; another line runs beside it."""
+    events = [
+        Event("d", "a", "loop", 0, 100), Event("d", "a", "x", 10, 20), Event("d", "a", "y", 30, 40),
+        Event("d", "a", "x", 80, 20), Event("d", "a", "z", 100, 5), Event("d", "b", "z", 0, 50),
+    ]  # fmt: skip
+    assert own_times(events) == {"loop": (20, 1), "x": (40, 2), "y": (40, 1), "z": (55, 2)}
+
+
+def test_idle():
+    events = [
+        Event("d", "a", "x", 10, 10), Event("d", "b", "y", 15, 15), Event("d", "a", "x", 40, 10),
+        Event("d", "a", "x", 55, 55), Event("e", "a", "x", 0, 7),
+    ]  # fmt: skip
+    assert idle(events) == {
+        "d": {"window": 100, "idle": 0.15, "longest_gap": 10}, "e": {"window": 7, "idle": 0, "longest_gap": 0},
+    }  # fmt: skip
+
+
+# What three platforms write, in short: a custom call, a tuple, a fusion that is named by its inside, layouts with tiles.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%fused_computation.1 (p0: f32[8]) -> f32[8] {
+  %p0 = f32[8]{0:T(8)} parameter(0)
+  %mul.1 = f32[8]{0:T(8)} multiply(%p0, %p0), metadata={op_name="jit(step)/jvp(Net)/down/norm0/mul"}
+  ROOT %convolution.2 = f32[8]{0:T(8)} convolution(%mul.1, %p0), metadata={op_name="jit(step)/jvp(Net)/down/conv0/conv"}
+}
+
+%fused_computation.2 (p1: f32[8]) -> f32[8] {
+  %neg.1 = f32[8]{0} negate(%p1)
+  ROOT %transpose.2 = f32[8]{0} transpose(%neg.1), dimensions={0}
+}
+
+%fused_computation.3 (p2: f32[8]) -> f32[8] {
+  %concatenate.1 = f32[8]{0} concatenate(%p2, %p2), dimensions={0}
+  ROOT %add.2 = f32[8]{0} add(%concatenate.1, %p2)
+}
+
+region_0.3 {
+  a = f32[] parameter(0)
+  ROOT add.4 = f32[] add(a, a)
+}
+
+ENTRY %main.9 (x: f32[8]) -> (f32[8], f32[]) {
+  %x = f32[8]{0} parameter(0)
+  %fusion.5 = f32[8]{0:T(8)} fusion(%x), kind=kOutput, calls=%fused_computation.1
+  %cudnn.6 = (f32[8]{0}, /*index=1*/u8[0]) custom-call(%x), custom_call_target="__cudnn$conv"
+  %moved.10 = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused_computation.2
+  %summed.11 = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused_computation.3
+  %topk.7 = (f32[8]{0}, s32[8]{0}) custom-call(%x), custom_call_target="TopK"
+  %reduce.8 = f32[] reduce(%x, %x), dimensions={0,1}, to_apply=region_0.3, metadata={op_name="jit(step)/reduce_sum"}
+  ROOT %tuple = (f32[8]{0}, f32[]) tuple(%fusion.5, %reduce.8)
+}
+"""  # fmt: skip
+
+
+def test_instructions():
+    found = instructions(PROGRAM)
+    assert found["fusion.5"].category == found["cudnn.6"].category == "convolution"
+    assert found["fusion.5"].op_name == "jit(step)/jvp(Net)/down/conv0/conv"
+    assert found["moved.10"].category == "copy and transposition" and found["summed.11"].category == "elementwise"
+    assert (found["topk.7"].category, found["topk.7"].op_name) == ("library call", "")
+    assert found["reduce.8"].category == "reduction" and found["mul.1"].category == "elementwise"
+
+
+def test_modules():
+    parameters = {"down": {"conv0": {"kernel": 1}, "norm0": {"scale": 1}}, "out": {"kernel": 1}}
+    assert module_of("jit(step)/jvp(Net)/down/conv0/conv_general_dilated", parameters) == ("down/conv0", "forward")
+    assert module_of("jit(step)/transpose(jvp(Net))/down/mul", parameters) == ("down", "backward")
+    assert module_of("jit(step)/transpose(jvp(down))/conv0/dot", parameters) == ("down/conv0", "backward")
+    again = "jit(step)/transpose(jvp(Net))/down/rematted_computation/norm0/sub"
+    assert module_of(again, parameters) == ("down/norm0", "recomputed")
+    assert module_of("jit(step)/conv0/mul", parameters) == (OUTSIDE, OUTSIDE)
+    assert module_of("", parameters) == (UNNAMED, UNNAMED)
+
+
+def test_of_a_real_program(tmp_path):
+    """Every operation in a trace is in the program's text, and the loop's inside is not counted twice."""
+
+    @jax.jit
+    def program(x):
+        y = jax.lax.fori_loop(0, 30, lambda _, y: y @ x / 300, x)
+        return jnp.sum(y * 2)
+
+    x = jnp.ones((300, 300))
+    compiled = program.lower(x).compile()
+    jax.block_until_ready(compiled(x))
+    with jax.profiler.trace(tmp_path):
+        jax.block_until_ready([compiled(x) for _ in range(2)])
+    (trace,) = tmp_path.rglob("*.xplane.pb")
+    events = profiling.read_events(trace)
+    summary = profiling.summarise(events, compiled.as_text(), {}, steps=2)
+    assert "not in the program" not in {row["name"] for row in summary["categories"]}
+    assert summary["categories"][0]["name"] == "matrix product"
+    assert sum(row["share"] for row in summary["operations"]) == pytest.approx(1)
+    (found,) = summary["idle"].values()
+    assert 2 * summary["milliseconds"] <= found["window"] * 1.001 and 0 <= found["idle"] < 1
