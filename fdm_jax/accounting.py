@@ -151,7 +151,7 @@ def recomputed_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
 
 
 def state_bytes(parameters: int, accumulation: int = 1) -> int:
-    """Memory that a train step needs whatever its batch; every device holds a copy.
+    """Memory that a train step needs whatever its batch: on every device, or on all together where the state is dealt out.
 
     See :data:`STATE_COPIES`; several accumulation rounds add the running sum of the gradients.
     """
@@ -213,6 +213,7 @@ class Plan:
       accelerator, num_devices: what it runs on.
       utilisation: share of the accelerator's peak that the run is assumed to reach.
       price: US dollars per device and hour, if known.
+      dealt: whether each device holds its part of the state only (``parallel=fsdp``).
     """
 
     title: str
@@ -230,6 +231,7 @@ class Plan:
     utilisation: float
     recomputed_flops: int = 0
     price: float | None = None
+    dealt: bool = False
 
     @property
     def steps(self) -> int:
@@ -253,8 +255,8 @@ class Plan:
 
     @property
     def state_bytes(self) -> int:
-        """Per device."""
-        return state_bytes(self.parameters, self.accumulation)
+        """Per device; dealt out but for small arrays, which are left out of account."""
+        return math.ceil(state_bytes(self.parameters, self.accumulation) / (self.num_devices if self.dealt else 1))
 
     @property
     def activation_bytes(self) -> int:

@@ -96,6 +96,7 @@ def make_plan(
         utilisation=utilisation,
         recomputed_flops=accounting.recomputed_flops(network, experiment.image_shape),
         price=price,
+        dealt=config.parallel == "fsdp",
     )
 
 
@@ -132,12 +133,13 @@ def render(plan: Plan) -> str:
     device, step_seconds = plan.accelerator, plan.seconds(plan.step_flops)
     image_flops = plan.step_flops // plan.batch_size
     training, sampling = plan.training_flops, SAMPLES * plan.nfe * plan.forward_flops
+    share = "this device's part of " if plan.dealt else ""
     at_once = f"{plan.images_at_once:,} images" + (f" ({plan.accumulation} rounds)" if plan.accumulation > 1 else "")
     facts = [
         ("parameters", f"{plan.parameters:,}"),
         ("operations", f"per image {_flops(plan.forward_flops)} forward, {_flops(image_flops)} in training"),
         ("memory", f"{_size(plan.state_bytes + plan.activation_bytes)} of each device's {device.memory_gib:g} GiB"),
-        ("  state", f"{_size(plan.state_bytes)}: parameters, gradients, Adam's moments, EMA; float32"),
+        ("  state", f"{_size(plan.state_bytes)}: {share}parameters, gradients, Adam's moments, EMA; float32"),
         ("  activations", f"about {_size(plan.activation_bytes)}: {at_once} at a time; {plan.dtype}"),
         ("training", f"{plan.steps:,} steps of {plan.batch_size:,} images, {_flops(training)}"),
         ("  speed", f"about {plan.images_per_second:,.0f} img/s, {_duration(step_seconds)} per step"),

@@ -41,6 +41,14 @@ def test_rendering():
     assert "WARNING" not in text and "Note" not in text and "$" not in text
 
 
+def test_a_dealt_state():
+    """fsdp: an eighth of 5 x 4 x 55,735,299 bytes on each of eight devices."""
+    text = plan.render(dataclasses.replace(CIFAR10, dealt=True))
+    assert "132.9 MiB: this device's part of parameters" in text
+    made = plan.make_plan(experiment("--config.parallel=fsdp"), ACCELERATORS["h100"], 2, 0.3)
+    assert made.dealt and made.state_bytes == 2 * 5 * made.parameters
+
+
 def test_cost():
     priced = dataclasses.replace(CIFAR10, price=4.0)
     text = plan.render(priced)
