@@ -37,8 +37,8 @@ def assert_same_losses(workdir, reference, rtol=1e-6):
     np.testing.assert_allclose([row["loss"] for row in ours], [row["loss"] for row in theirs], rtol=rtol)
 
 
-def test_preempted_and_bereaved_processes(data_dir, tmp_path):
-    """SIGTERM to one of two saves in both at one step; then one is killed, and the other stops; then a lone process goes on."""
+def test_preempted_processes(data_dir, tmp_path):
+    """SIGTERM to one of two saves in both at one step; a lone process of eight devices goes on."""
     workdir = tmp_path / "run"
     arguments = tiny.arguments(workdir, data_dir, EVERY_STEP, "--config.checkpoint.every_images=32")
     processes = start_all([*arguments, ENDLESS], 2)
@@ -50,17 +50,30 @@ def test_preempted_and_bereaved_processes(data_dir, tmp_path):
     assert int(arrays["['train']['step']"]) == meta["data"]["batches"] == step == rows(workdir)[-1]["step"]
     assert "Parameters:" in said[0] and "Parameters:" not in said[1]
 
-    processes = start_all([*arguments, ENDLESS], 2)
-    wait_for_rows(workdir, processes, step + 4)
-    processes[1].kill()
-    said = finish(processes, [RESTART_CODE, -signal.SIGKILL])
-    assert "another process was lost" in said[0] and f"Going on from step {step}" in said[0]
-
     images = f"--config.train.images={16 * (step + 8)}"
     assert main([*arguments, images]) == 0
     straight = tmp_path / "straight"
     assert main(tiny.arguments(straight, data_dir, EVERY_STEP, images)) == 0
     assert rows(workdir)[-1]["step"] == step + 8
+    assert_same_losses(workdir, straight)
+
+
+@pytest.mark.slow
+def test_bereaved_processes(data_dir, tmp_path):
+    """One of two is killed: the other stops, with a sentence; both started again go on from the newest checkpoint."""
+    workdir = tmp_path / "run"
+    arguments = tiny.arguments(workdir, data_dir, EVERY_STEP, "--config.checkpoint.every_images=32")
+    processes = start_all([*arguments, ENDLESS], 2)
+    wait_for_rows(workdir, processes, 7)
+    processes[1].kill()
+    said = finish(processes, [RESTART_CODE, -signal.SIGKILL])
+    assert "another process was lost" in said[0] and "Traceback" not in said[0]
+    steps = len(rows(workdir)) + 8
+    images = f"--config.train.images={16 * steps}"
+    said = finish(start_all([*arguments, images], 2), [0, 0])
+    assert "Going on from step" in said[0] and rows(workdir)[-1]["step"] == steps
+    straight = tmp_path / "straight"
+    assert main(tiny.arguments(straight, data_dir, EVERY_STEP, images)) == 0
     assert_same_losses(workdir, straight)
 
 
@@ -90,6 +103,7 @@ def test_generation_that_is_told_to_end(straight_run, tmp_path):
     assert all((tmp_path / "all" / name).stat().st_mtime_ns == at for name, at in made.items())
 
 
+@pytest.mark.slow
 def test_samples_and_evaluation_of_a_run_in_two_processes(data_dir, tmp_path):
     """What the loop does beside training, against one process, with the state dealt out."""
     more = ["--config.samples.every_images=64", "--config.samples.rows=1", "--config.samples.steps=3",

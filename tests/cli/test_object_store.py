@@ -41,6 +41,7 @@ def damage(store, prefix):
             store.objects["bucket", name] = content[: len(content) // 2], metadata
 
 
+@pytest.mark.slow
 def test_run_that_is_killed_stopped_and_damaged(store, straight_run, data_dir, tmp_path, capfd, caplog):
     """Data and run in the bucket; killed while step 8 is saved, stopped at 12, whose checkpoint is then damaged."""
     from pathlib import Path

@@ -48,6 +48,7 @@ def test_checkpoints_hold_the_state_of_their_step(straight_run, data_dir, tmp_pa
     assert_same_end(tmp_path / "run", straight_run, 8)
 
 
+@pytest.mark.slow
 def test_another_number_of_devices_continues_the_run(straight_run, data_dir, tmp_path):
     """12 steps on eight devices, the rest on one: the same curve up to rounding."""
     assert main(tiny.arguments(tmp_path / "run", data_dir, "--config.train.images=192")) == 0
@@ -67,12 +68,12 @@ def test_several_steps_as_one_program(straight_run, data_dir, tmp_path):
     assert list(losses) == [3, 6, 9, 12, 15, 18, 20]
     first = [np.mean([run[step] for step in steps]) for run, steps in ((losses, (3, 6, 9, 12)), (straight, (4, 8, 12)))]
     assert first[0] == pytest.approx(first[1], rel=1e-4)
-    for images in (16 * 9, 16 * 18, 320):
+    for images in (16 * 9, 320):
         assert main(tiny.arguments(tmp_path / "stopped", data_dir, *at_once, f"--config.train.images={images}")) == 0
     assert_same_end(tmp_path / "stopped", workdir, 20)
 
 
-@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_other_modes_continue_what_jit_began(straight_run, data_dir, tmp_path, mode):
     """Checkpoints know nothing of how devices were used, and all ways give one curve."""
     workdir = tmp_path / "run"
@@ -82,6 +83,7 @@ def test_other_modes_continue_what_jit_began(straight_run, data_dir, tmp_path, m
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_ways_to_compute_the_network_may_change_on_the_way(straight_run, data_dir, tmp_path):
     """Rematerialised blocks and an attention chosen by name continue a checkpoint without, to the same curve."""
     workdir = tmp_path / "run"
@@ -102,22 +104,18 @@ def wait_for(condition, process, seconds=240):
 
 
 def test_kill_in_the_middle_of_saves_loses_nothing(straight_run, data_dir, tmp_path):
-    """kill -9 while a checkpoint is half written, three times; then the run goes on to the same bits."""
+    """kill -9 while a checkpoint is half written; then the run goes on to the same bits."""
     workdir = tmp_path / "run"
     often = "--config.checkpoint.every_images=16"
-    for _ in range(3):
-        process = start(tiny.arguments(workdir, data_dir, often), devices=8)
-        before = {p.name for p in (workdir / "checkpoints").glob("[0-9]*")} if workdir.exists() else set()
-        wait_for(
-            lambda before=before: (
-                any("tmp" in p.name and p.name not in before for p in (workdir / "checkpoints").glob("*"))
-                and len({p.name for p in (workdir / "checkpoints").glob("[0-9]*") if p.name.isdigit()} - before) > 0
-            ),
-            process,
-        )
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    process = start(tiny.arguments(workdir, data_dir, often), devices=8)
+    saves = workdir / "checkpoints"
+    wait_for(
+        lambda: any("tmp" in p.name for p in saves.glob("*")) and any(p.name.isdigit() for p in saves.glob("*")),
+        process,
+    )
+    process.kill()
+    process.wait()
+    process.stdout.close()
     assert any("tmp" in p.name for p in (workdir / "checkpoints").iterdir())
     process = start(tiny.arguments(workdir, data_dir), devices=8)
     out, _ = process.communicate(timeout=240)

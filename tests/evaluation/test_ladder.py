@@ -27,7 +27,7 @@ def digits(tmp_path_factory):
     return images[order], labels[order]
 
 
-@pytest.fixture(scope="module", params=["pixels", "classifier"])
+@pytest.fixture(scope="module", params=["pixels", pytest.param("classifier", marks=pytest.mark.slow)])
 def features_of(request, digits):
     images, labels = digits
     if request.param == "pixels":
