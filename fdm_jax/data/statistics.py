@@ -44,7 +44,7 @@ def measure(source: Source, batch_size: int = 256) -> Statistics:
             counts += np.bincount(batch["label"], minlength=spec.num_classes)
     n = len(source) * spec.resolution**2
     mean, variance = _moments(total, squares, n)
-    _, pooled = _moments(total.sum(), squares.sum(), n * spec.channels)
+    _, (pooled,) = _moments(total.sum(keepdims=True), squares.sum(keepdims=True), n * spec.channels)
     return Statistics(counts, mean / 127.5 - 1, np.sqrt(variance) / 127.5, float(np.sqrt(pooled)) / 127.5)
 
 

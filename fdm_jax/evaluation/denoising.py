@@ -61,7 +61,7 @@ class DenoisingError:
         """The mean over pixels and images at each of the noise levels, [len(sigmas)]; every level has the same noise."""
         rng = np.random.default_rng(self._seed)
         sigma = np.tile(np.asarray(sigmas, np.float32), len(self._images))
-        noise = rng.standard_normal(self._images.shape, dtype=np.float32).repeat(len(sigmas), axis=0)
+        noise = np.repeat(rng.standard_normal(self._images.shape, dtype=np.float32), len(sigmas), axis=0)
         return self._run(variables, sigma, rng, noise).reshape(len(self._images), len(sigmas)).mean(axis=0)
 
     def _run(

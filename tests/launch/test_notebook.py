@@ -11,7 +11,8 @@ from cli.conftest import environment
 from nbclient import NotebookClient
 
 PATH = tiny.ROOT / "launch" / "fdm_jax_colab.ipynb"
-# Less often than the notebook asks for, so that the time goes into what it shows.
+# Less often than the notebook asks for, so that the time goes into what it shows. (8 digits of a class below are as many
+# as training draws on the way: one program for both.)
 OVERRIDES = [
     *(override for override in tiny.OVERRIDES if ".every_images=" not in override),
     "--config.log.every_images=160",
@@ -45,7 +46,7 @@ def test_notebook_is_valid_and_stripped(notebook):
 def test_notebook_runs(notebook, tmp_path, monkeypatch):
     """With a tiny model: the two runs, pictures of everything, and the exported model gives the same images."""
     index, folder = parameters_cell(notebook), tmp_path / "with a space" / "out"
-    values = {"FOLDER": str(folder), "TRAIN_IMAGES": 320, "PER_CLASS": 2, "OVERRIDES": OVERRIDES}
+    values = {"FOLDER": str(folder), "TRAIN_IMAGES": 320, "PER_CLASS": 8, "OVERRIDES": OVERRIDES}
     for name in values:  # otherwise replacing it would do nothing
         assert re.search(rf"^{name} = ", notebook.cells[index].source, re.MULTILINE), name
     source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
