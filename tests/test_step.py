@@ -184,7 +184,7 @@ def test_gradients_are_summed_over_the_devices_once(accumulation):
     assert donated[1].count("alias") == len(jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_accumulation_changes_nothing_but_rounding(reference_run, devices):
     assert_same_run(run(devices=devices, accumulation=4), reference_run)
 
