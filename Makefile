@@ -4,7 +4,8 @@ PYTHON ?= python3
 # cuda12, cuda13 or tpu: install JAX for that accelerator.
 EXTRA ?=
 # For pytest: the number of processes; with "-k sampling" some tests in one process.
-PYTEST_ARGS ?= -n 2
+# Each process takes a half of the list, so that tests which share a run follow each other in one of them.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 # More for the resolver: --upgrade takes the newest releases, --upgrade-package=jax those of one package.
 LOCK_ARGS ?=
 

@@ -145,6 +145,7 @@ def test_activations_are_affine_in_the_batch():
 DEEPER = SongUNet(16, 1, 0, 0, "ddpmpp", 8, (1, 1), 1, num_blocks=2, attn_resolutions=(), dropout=0.1)
 
 
+@pytest.mark.slow
 def test_rematerialised_blocks_take_less_memory_and_more_operations():
     shape = (16, 16, 1)
     kept = [activation_bytes(DEEPER.clone(remat=remat), shape, 4) for remat in ((), (8,), (16,), (16, 8))]

@@ -150,10 +150,11 @@ def test_pmap_over_eight_devices_equals_jit(reference_run):
     assert_same_run(run("pmap", devices=8), reference_run)
 
 
-def test_steps_in_a_row_under_pmap(reference_run):
+@pytest.mark.parametrize("mode", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
+def test_steps_in_a_row(reference_run, mode):
     """Two as one program."""
     mesh = make_mesh(jax.devices()[:2])
-    parallel = parallelise("pmap", lambda axis: make_train_step(NETWORK, FAMILY, SPEC, axis_name=axis), mesh)
+    parallel = parallelise(mode, lambda axis: make_train_step(NETWORK, FAMILY, SPEC, axis_name=axis), mesh)
     state = parallel.put_state(jax.jit(lambda: init_state(NETWORK, SPEC, (8, 8, 1)))())
     state, metrics = parallel.steps(state, parallel.put_batches([batch_at(0), batch_at(1)]))
     np.testing.assert_allclose(parallel.get_metrics(metrics)["loss"], reference_run[0][:2], rtol=2e-5)

@@ -59,6 +59,7 @@ def test_another_number_of_devices_continues_the_run(straight_run, data_dir, tmp
     np.testing.assert_allclose([r["loss"] for r in resumed], [r["loss"] for r in straight], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_steps_as_one_program(straight_run, data_dir, tmp_path):
     """The same curve; and stopped where a program of three would reach beyond, the same bits as without the stop."""
     workdir, at_once = tmp_path / "run", ["--config.train.steps_at_once=3", "--config.log.every_images=48"]
@@ -73,7 +74,8 @@ def test_several_steps_as_one_program(straight_run, data_dir, tmp_path):
     assert_same_end(tmp_path / "stopped", workdir, 20)
 
 
-@pytest.mark.parametrize("mode", ["pmap", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
 def test_other_modes_continue_what_jit_began(straight_run, data_dir, tmp_path, mode):
     """Checkpoints know nothing of how devices were used, and all ways give one curve."""
     workdir = tmp_path / "run"
