@@ -53,6 +53,9 @@ def upsample(x: jax.Array, filter_taps: Sequence[float] = (1, 1), pad: int | Non
     """Double height and width of x [B, H, W, C]; [1, 1] repeats every pixel."""
     taps = _taps(filter_taps)
     pad = (len(taps) - 1) // 2 if pad is None else pad
+    if taps == [0.5, 0.5] and pad == 0:  # the same sums, without the copies between layouts that TPUs make of them
+        B, H, W, C = x.shape
+        return jnp.broadcast_to(x[:, :, None, :, None, :], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
     half = len(taps) // 2
     for axis in (1, 2):
         n = x.shape[axis]

@@ -110,9 +110,10 @@ def draw_for_examples(
 
 def sanitise(gradients: Any) -> tuple[Any, jax.Array]:
     """NaN -> 0 and +-inf -> +-1e5, and how many values that were."""
-    count = sum(jnp.sum(~jnp.isfinite(g)) for g in jax.tree.leaves(gradients))
+    # Counted as float32, exact up to 2^24 in one array: XLA joins a sum of integers to no other pass over the values.
+    counts = [jnp.sum(jnp.where(jnp.isfinite(g), 0.0, 1.0)) for g in jax.tree.leaves(gradients)]
     clean = jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), gradients)
-    return clean, jnp.asarray(count, jnp.int32)
+    return clean, sum((count.astype(jnp.int32) for count in counts), jnp.zeros((), jnp.int32))
 
 
 def init_state(network: nn.Module, spec: TrainSpec, image_shape: tuple[int, ...]) -> TrainState:
