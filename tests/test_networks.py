@@ -12,7 +12,7 @@ from conftest import GOLDEN, nhwc
 from fdm_jax.errors import UserError
 from fdm_jax.interop.state_dict import from_torch
 from fdm_jax.networks import SongUNet
-from fdm_jax.networks.blocks import Conv, UNetBlock, attend, group_norm
+from fdm_jax.networks.blocks import Conv, UNetBlock, attend, dropout, group_norm, hashed_bits
 from fdm_jax.networks.embeddings import fourier_embedding, positional_embedding
 
 
@@ -261,6 +261,48 @@ def test_dropout_of_an_example_does_not_depend_on_its_batch(tiny_network):
     whole = apply(x, labels, keys)
     np.testing.assert_allclose(apply(x[1:3], labels[1:3], keys[1:3]), whole[1:3], rtol=1e-4, atol=1e-5)
     assert float(jnp.abs(apply(x, labels, keys[::-1]) - whole).max()) > 1e-3
+
+
+def test_dropout_is_unbiased():
+    rate, shape = 0.13, (64, 16, 16, 32)
+    y = np.asarray(dropout(jnp.ones(shape), rate, jax.random.split(jax.random.key(0), 64)))
+    kept = y != 0
+    np.testing.assert_allclose(y[kept], 1 / (1 - rate), rtol=1e-6)
+    sd = np.sqrt(rate * (1 - rate))
+    assert abs(kept.mean() - (1 - rate)) < 4 * sd / np.sqrt(y.size)
+    assert dropout(jnp.ones((1, 2), jnp.bfloat16), rate, jax.random.split(jax.random.key(0), 1)).dtype == jnp.bfloat16
+    for axis in range(4):  # shares within slices spread as those of independent draws do, no more and no less
+        slices = np.moveaxis(kept, axis, 0).reshape(shape[axis], -1)
+        scores = (slices.mean(axis=1) - (1 - rate)) / (sd / np.sqrt(slices.shape[1]))
+        assert abs(scores).max() < 4 and 0.5 < scores.std() < 1.5
+
+
+def test_hashed_bits_mix_place_and_words_as_murmur_does():
+    def mix(h):
+        h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+        h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+        return h ^ h >> 16
+
+    assert mix(1) == 0x514E28B7  # as its author's code gives it
+    bits = hashed_bits(jnp.asarray([5, 2**32 - 7], jnp.uint32), (2, 3, 4))
+    assert bits.ravel().tolist() == [mix(mix(place ^ 5) ^ (2**32 - 7)) for place in range(24)]
+
+
+def test_hashed_bits_of_near_words_have_nothing_in_common():
+    """Words that differ by one bit, and places side by side: all 32 bits half set, and half of them differ."""
+    words = np.asarray([123, 456], np.uint32)
+    near = [words] + [
+        words ^ (np.uint32(1) << bit) * np.eye(2, dtype=np.uint32)[k] for bit in range(32) for k in (0, 1)
+    ]
+    shape, hashed = (8, 8, 64), jax.jit(jax.vmap(lambda w: hashed_bits(w, (8, 8, 64))))
+    bits = (np.asarray(hashed(jnp.asarray(np.stack(near))))[..., None] >> np.arange(32, dtype=np.uint32)) & 1 == 1
+    bound = 5 * 0.5 / np.sqrt(np.prod(shape))
+    assert abs(bits.mean(axis=(1, 2, 3)) - 0.5).max() < bound
+    assert abs((bits[1:] != bits[0]).mean(axis=(1, 2, 3)) - 0.5).max() < bound
+    for axis in (1, 2, 3):
+        n = shape[axis - 1]
+        sides = np.take(bits, range(1, n), axis) != np.take(bits, range(n - 1), axis)
+        assert abs(sides.mean(axis=(1, 2, 3)) - 0.5).max() < bound * 1.2
 
 
 def test_bfloat16_computes_close_to_float32(tiny_network):

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fdm_jax.errors import UserError
 from fdm_jax.networks.resample import downsample, upsample
@@ -177,13 +178,33 @@ def check_cudnn(dtype: Dtype, channels: int) -> None:
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
-    """Zero each value with probability ``rate`` and scale the rest up; one key per example, [B].
+    """Zero each value of x [B, ...] with probability ``rate`` and scale the rest up; one key per example, [B].
 
     A key per example (rather than one per batch) makes an example's mask independent of how the batch is cut
-    over devices and accumulation rounds.
+    over devices and accumulation rounds.  The mask is :func:`hashed_bits` below a threshold: jax.random's own bits take
+    six times the operations, which is 6 % of a train step on CPUs, and more than that on accelerators.
     """
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+    words = jax.vmap(lambda key: jax.random.bits(key, (2,)))(keys)
+    drop = jax.vmap(lambda words: hashed_bits(words, x.shape[1:]))(words) < np.uint32(round(rate * 2**32))
+    return jnp.where(drop, jnp.zeros((), x.dtype), x / jnp.asarray(1 - rate, x.dtype))
+
+
+def hashed_bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform 32-bit numbers of a shape, below 2^32 of them, from two random words: uint32 [2] -> uint32.
+
+    Each is mix(mix(place ^ words[0]) ^ words[1]), with place counted in row-major order, and mix the finaliser of
+    MurmurHash3 (A. Appleby, 2011), a permutation of 32-bit numbers whose every bit depends on all.
+    """
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return _mix(_mix(place ^ words[0]) ^ words[1])
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
 
 
 class UNetBlock(nn.Module):
