@@ -2,11 +2,15 @@
 
   fdm plan --config=configs/edm.py:cifar10
   fdm plan --config=configs/edm.py:ffhq64 --config.network.dtype=bfloat16 --device=tpu-v4 --num-devices=16 --price=3.22
+  fdm plan --config=configs/edm.py:cifar10 --config.network.dtype=bfloat16 --compile-for=v5litepod-16
 
 Operations and the size of the network are counted from its shapes.  The time follows from the device's peak rate,
 as its vendor gives it, and from the share of it that the run is assumed to reach: `fdm bench` measures that share.
 The cost is that time at the price you give; nothing is looked up.  Devices are counted as JAX counts them: chips,
 on TPU v4 and later (a v4-32 slice has 16, a v5litepod-16 also), and cores on TPU v3.
+
+With --compile-for the train step is also compiled, for a TPU slice that need not be there, by the TPU's own compiler
+(libtpu, of the extra `tpu`): it says what memory the step takes on each chip.  That takes minutes.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from typing import TYPE_CHECKING
 
 from fdm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from fdm_jax.accounting import Accelerator, Plan
+    from fdm_jax.ahead import CompiledStep
     from fdm_jax.experiment import Experiment
 
 HELP = "say what a configuration needs in memory, operations, time and money"
@@ -33,8 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fdm_jax.cli.config import add_config_argument
 
     add_config_argument(parser)
-    parser.add_argument("--device", default="h200", metavar="NAME", help="such as tpu-v4 (default: %(default)s)")
-    parser.add_argument("--num-devices", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--device", metavar="NAME", help="such as tpu-v4 (default: h200)")
+    parser.add_argument("--num-devices", type=int, metavar="N", help="default: 8")
+    parser.add_argument(
+        "--compile-for", metavar="SLICE", help="a TPU slice, such as v4-32 or v5litepod-16, in place of --device and "
+        "--num-devices: also compile the train step for it",
+    )  # fmt: skip
     parser.add_argument(
         "--utilisation", type=float, default=0.35, metavar="SHARE",
         help="share of the device's peak that the run is assumed to reach (default: %(default)s)",
@@ -44,21 +54,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fdm_jax import ahead
     from fdm_jax.accounting import ACCELERATORS
     from fdm_jax.cli.config import load
     from fdm_jax.experiment import Experiment
 
-    if args.device not in ACCELERATORS:
-        raise UserError(f"There is no device {args.device!r}: {nearest(args.device, ACCELERATORS)}")
-    if args.num_devices < 1:
-        raise UserError(f"--num-devices must be 1 or more, and is {args.num_devices}.")
+    if args.compile_for and (args.device or args.num_devices):
+        raise UserError(
+            f"--compile-for={args.compile_for} says what the devices are: leave --device and --num-devices away."
+        )
+    if args.compile_for:
+        device, num_devices = ahead.accelerator_of(args.compile_for)
+        slice_devices = ahead.slice_devices(args.compile_for)  # before JAX is used for anything else
+    else:
+        device, num_devices = args.device or "h200", 8 if args.num_devices is None else args.num_devices
+    if device not in ACCELERATORS:
+        raise UserError(f"There is no device {device!r}: {nearest(device, ACCELERATORS)}")
+    if num_devices < 1:
+        raise UserError(f"--num-devices must be 1 or more, and is {num_devices}.")
     if not 0 < args.utilisation <= 1:
         raise UserError(f"--utilisation must be above 0 and at most 1, and is {args.utilisation}.")
     if args.price is not None and not 0 < args.price < math.inf:
         raise UserError(f"--price must be US dollars above 0 per device and hour, and is {args.price}.")
     experiment = Experiment.from_config(load(args))
-    plan = make_plan(experiment, ACCELERATORS[args.device], args.num_devices, args.utilisation, args.price)
-    print(json.dumps(figures(plan)) if args.json else render(plan))
+    plan = make_plan(experiment, ACCELERATORS[device], num_devices, args.utilisation, args.price)
+    words, numbers = render(plan), figures(plan)
+    if args.compile_for:
+        print(
+            f"Compiling for {num_devices} x {plan.accelerator.title}, which takes minutes.", file=sys.stderr, flush=True
+        )
+        try:
+            compiled = ahead.compile_step(experiment, slice_devices)
+        except ahead.DoesNotFit as error:
+            words += f"\nCompiled for {args.compile_for}: it does NOT fit. The compiler says: {error}"
+            numbers |= {"compiled_for": args.compile_for, "compiled_fits": False}
+        else:
+            words += "\n" + render_compiled(compiled, args.compile_for, plan.accelerator)
+            numbers |= {"compiled_for": args.compile_for, "compiled_fits": True, **compiled_figures(compiled)}
+    print(json.dumps(numbers) if args.json else words)
     return 0
 
 
@@ -171,6 +204,26 @@ def render(plan: Plan) -> str:
     if step_seconds < SHORT_STEP:
         lines.append("Note: steps so short are bound by launching kernels and loading data, and will take longer.")
     return "\n".join(lines)
+
+
+def compiled_figures(compiled: CompiledStep) -> dict[str, int | float]:
+    """What the compiler says, for programs; bytes are of one device."""
+    return {
+        "compiled_argument_bytes": compiled.argument_bytes,
+        "compiled_temporary_bytes": compiled.temporary_bytes,
+        "compiled_all_reduces": compiled.all_reduces,
+        "compile_seconds": round(compiled.seconds, 1),
+    }
+
+
+def render_compiled(compiled: CompiledStep, slice_name: str, device: Accelerator) -> str:
+    """The same in words."""
+    sums = f"{compiled.all_reduces} all-reduce" + "s" * (compiled.all_reduces != 1)
+    return (
+        f"Compiled for {slice_name} in {_duration(compiled.seconds)}: a step takes "
+        f"{_size(compiled.argument_bytes + compiled.temporary_bytes)} of each device's {device.memory_gib:g} GiB "
+        f"({_size(compiled.argument_bytes)} of state and batch, {_size(compiled.temporary_bytes)} beside them), with {sums}."
+    )
 
 
 def _cost(plan: Plan, flops: int) -> list[tuple[str, str]]:

@@ -2,17 +2,25 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
+import math
+import os
+import subprocess
+import sys
 
+import jax
 import pytest
 import tiny
 
+from fdm_jax import ahead
 from fdm_jax.accounting import ACCELERATORS, Plan
 from fdm_jax.cli import plan
 from fdm_jax.cli.config import load
 from fdm_jax.cli.main import main
 from fdm_jax.errors import UserError
 from fdm_jax.experiment import Experiment
+from fdm_jax.training.step import init_state
 
 CIFAR10 = Plan(
     title="EDM-FDM on cifar10", dtype="bfloat16", parameters=55_735_299, forward_flops=42_254_603_008,
@@ -120,3 +128,75 @@ def test_command(capsys):
     ):
         assert main([*arguments, wrong]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_slices():
+    assert ahead.accelerator_of("v5litepod-16") == ("tpu-v5e", 16)
+    assert ahead.accelerator_of("v4-32") == ("tpu-v4", 16)  # counts cores
+    for name, topology in ahead.SLICES.items():
+        accelerator, chips = ahead.accelerator_of(name)
+        assert accelerator in ACCELERATORS and math.prod(map(int, topology.split(":")[1].split("x"))) == chips
+    with pytest.raises(UserError, match="There is no TPU slice 'v5e-16'"):
+        ahead.accelerator_of("v5e-16")
+
+
+def test_what_the_compiler_says():
+    """Of the step on the eight devices of this process, as other tests compile it."""
+    made = experiment()
+    compiled = ahead.compile_step(made, jax.devices())
+    state = jax.eval_shape(lambda: init_state(made.network, made.spec, made.image_shape))
+    batch = 16 // 8 * (64 + 4 + 4)  # a byte to the pixel; label and index
+    assert compiled.argument_bytes == pytest.approx(sum(a.size * 4 for a in jax.tree.leaves(state)) + batch, rel=0.02)
+    assert compiled.all_reduces == 1 and compiled.temporary_bytes > 0 and compiled.seconds > 0
+    with pytest.raises(UserError, match="parallel=pmap compiles for the devices of this process only"):
+        ahead.compile_step(experiment("--config.parallel=pmap"), jax.devices())
+
+
+def test_compiling_for_a_slice(capsys, monkeypatch):
+    arguments = ["plan", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, "--compile-for=v5litepod-8"]
+    found = ahead.CompiledStep(argument_bytes=3 * 2**30, temporary_bytes=2**29, all_reduces=2, seconds=150.0)
+    monkeypatch.setattr(ahead, "slice_devices", lambda name: [name])
+    monkeypatch.setattr(ahead, "compile_step", lambda experiment, devices: found)
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "Compiling for 8 x TPU v5e" in printed.err and "8 x TPU v5e reach 35%" in printed.out
+    assert "Compiled for v5litepod-8 in 2.5 minutes: a step takes 3.5 GiB of each device's 16 GiB" in printed.out
+    assert "(3.0 GiB of state and batch, 512.0 MiB beside them), with 2 all-reduces." in printed.out
+    assert main([*arguments, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["compiled_fits"] and figures["compiled_temporary_bytes"] == 2**29 and figures["num_devices"] == 8
+
+    def too_large(experiment, devices):
+        raise ahead.DoesNotFit("Ran out of memory.")
+
+    monkeypatch.setattr(ahead, "compile_step", too_large)
+    assert main(arguments) == 0
+    assert "it does NOT fit. The compiler says: Ran out of memory." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--compile-for=v5litepod-2"], "There is no TPU slice 'v5litepod-2': did you mean"),
+        (["--compile-for=v4-32", "--device=tpu-v4"], "leave --device and --num-devices away"),
+        (["--compile-for=v4-32"], "takes libtpu, the TPU's compiler, which is not installed"),
+    ],
+)
+def test_slices_that_cannot_be_compiled_for(capsys, monkeypatch, more, sentence):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["plan", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, *more]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("parallel", ["jit", "fsdp"])
+def test_real_slice(parallel):
+    """v4-32: sixteen chips on four hosts, by the TPU's own compiler; in a process of its own."""
+    more = ["--config.train.batch_size=16", f"--config.parallel={parallel}", "--compile-for=v4-32", "--json"]
+    command = [sys.executable, "-m", "fdm_jax", "plan", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, *more]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
+    assert figures["compiled_fits"] and figures["num_devices"] == 16
+    assert figures["compiled_all_reduces"] == 1 or parallel == "fsdp"
+    assert 2**16 < figures["compiled_argument_bytes"] < 2**26
