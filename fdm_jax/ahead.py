@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
 
-from fdm_jax.devices import make_mesh, sharded
+from fdm_jax.devices import AXIS, make_mesh
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.experiment import Experiment
 from fdm_jax.training.parallel import parallelise
@@ -99,12 +100,11 @@ def slice_devices(accelerator_type: str) -> list[Any]:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **settings).devices)
 
 
-def compile_step(experiment: Experiment, devices: list[Any]) -> CompiledStep:
-    """The run's train step, compiled for devices that need not exist.
+def lower_step(experiment: Experiment, devices: list[Any], at_once: int = 1) -> Any:
+    """The run's train step, or several as one program, for these devices: a ``jax.stages.Lowered``, from shapes alone.
 
     Raises:
       UserError: the batch cannot be dealt to the devices, or the run is one of ``parallel=pmap``.
-      DoesNotFit: see there.
     """
     experiment.check_devices(len(devices))
     if experiment.config.parallel == "pmap":
@@ -121,14 +121,27 @@ def compile_step(experiment: Experiment, devices: list[Any]) -> CompiledStep:
     state = jax.eval_shape(lambda: init_state(network, spec, experiment.image_shape))
     state = jax.tree.map(like, state, parallel.state_sharding(state))
     rows = {"image": (experiment.image_shape, jnp.uint8), "label": ((), jnp.int32), "index": ((), jnp.int32)}
+    stacked = (at_once,) if at_once > 1 else ()
+    dealt = NamedSharding(mesh, PartitionSpec(*[None for _ in stacked], AXIS))
     batch = {
-        key: jax.ShapeDtypeStruct((spec.batch_size, *shape), dtype, sharding=sharded(mesh))
+        key: jax.ShapeDtypeStruct((*stacked, spec.batch_size, *shape), dtype, sharding=dealt)
         for key, (shape, dtype) in rows.items()
     }
+    step: Any = parallel.steps if stacked else parallel.step
+    return step.lower(state, batch)
+
+
+def compile_step(experiment: Experiment, devices: list[Any]) -> CompiledStep:
+    """The run's train step, compiled for devices that need not exist.
+
+    Raises:
+      UserError: see :func:`lower_step`.
+      DoesNotFit: see there.
+    """
     start = time.perf_counter()
-    step: Any = parallel.step
+    lowered = lower_step(experiment, devices)
     try:
-        compiled = step.lower(state, batch).compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -1,29 +1,37 @@
-"""Trace a few training steps, or a sampling of one batch, and say where the time goes.
+"""Trace a few training steps, the training loop with its data, or a sampling, and say where the time goes.
 
   fdm profile --config=configs/edm.py:cifar10 --out=profile
+  fdm profile --config=configs/edm.py:cifar10 --out=profile --what=loop --steps=100
   fdm profile --config=configs/edm.py:cifar10 --out=profile --what=sample --dtype=bfloat16 --batch-size=64
 
 --out then holds profile.txt (what is printed), profile.json (the same, unabridged) and the trace itself, which
-TensorBoard's profile plugin and https://ui.perfetto.dev (perfetto_trace.json.gz) show.  Images are synthetic, so
-loading data is not in it.  Times are those of operations on the devices; the idle share is how long a device had
-none to run between the first and the last.
+TensorBoard's profile plugin and https://ui.perfetto.dev (perfetto_trace.json.gz) show.  Times are those of operations on
+the devices; the idle share is how long a device had none to run between the first and the last.  Of `train` and `sample`
+images are synthetic, and loading is not in it.  `loop` is what `fdm train` does, from files to logged metrics, in a
+workdir that is thrown away; only checkpoints, samples and evaluations are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from fdm_jax.cli.bench import Case, Program
+    from fdm_jax.networks import SongUNet
+    from fdm_jax.training.step import TrainSpec
 
 HELP = "trace a few steps, and say where the time goes"
 
 IDLE_SHARE = 0.02  # above which it is worth a word
+LOOP_WARM_UP = 10  # steps of the loop before it is traced
 WIDTH = 44  # of a name in the text
 
 
@@ -32,10 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_config_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the trace and the tables")
-    parser.add_argument("--what", default="train", metavar="NAME", help="train or sample (default: %(default)s)")
-    parser.add_argument(
-        "--steps", type=int, default=5, metavar="N", help="train steps, or samplings (default: %(default)s)"
-    )
+    parser.add_argument("--what", default="train", metavar="NAME", help="train, loop or sample (default: %(default)s)")
+    parser.add_argument("--steps", type=int, metavar="N", help="train steps, or samplings (default: 5, of the loop 50)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="over all devices (default: the configuration's)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute type (default: the configuration's)")
     parser.add_argument("--remat", metavar="RES,...", help="resolutions whose blocks are rematerialised")
@@ -44,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from fdm_jax import profiling
-    from fdm_jax.cli.bench import cases
 
     if args.what not in WHAT:
         raise UserError(f"--what cannot be {args.what!r}: {nearest(args.what, WHAT)}")
@@ -52,87 +57,159 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, field)
         if value is not None and value < 1:
             raise UserError(f"--{field.replace('_', '-')} must be 1 or more, and is {value}.")
-    (case,) = cases(args)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={args.out} cannot be made: {error.strerror}.") from error
-    program, parameters = WHAT[args.what](case)
-    trace = record(program, args.out, args.steps)
-    events, text = profiling.read_events(trace), program.compiled.as_text()
-    summary = {"what": args.what, **describe(case)}
-    summary |= profiling.summarise(events, text, parameters, args.steps, top=max(args.top, 200))
-    words = render(summary, args.top) + f"\nTrace: {trace.parent}"
+    traced = WHAT[args.what](args)
+    events = profiling.read_events(traced.trace)
+    summary = {"what": args.what, **traced.described}
+    summary |= profiling.summarise(events, traced.program, traced.parameters, traced.steps, top=max(args.top, 200))
+    words = render(summary, args.top) + f"\nTrace: {traced.trace.parent}"
     (args.out / "profile.json").write_text(json.dumps(summary, indent=2) + "\n")
     (args.out / "profile.txt").write_text(words + "\n")
     print(words)
     return 0
 
 
-def train(case: Case) -> tuple[Program, Any]:
-    """The train step, and the shapes of the network's parameters."""
-    from fdm_jax.cli.bench import training_program
+class Traced(NamedTuple):
+    """A trace, and what is needed to read it.
 
-    return training_program(case), parameter_shapes(case)
+    Attributes:
+      trace: the file.
+      program: the compiled program that ran, as text.
+      parameters: shapes of the network's, nested as its modules are.
+      steps: how many of them it has.
+      described: what was measured, and on what.
+    """
+
+    trace: Path
+    program: str
+    parameters: Any
+    steps: int
+    described: dict[str, Any]
 
 
-def sample(case: Case) -> tuple[Program, Any]:
-    """The sampler of 18 steps, and the shapes of the network's parameters."""
-    from fdm_jax.cli.bench import sampling_programs
+def train(args: argparse.Namespace) -> Traced:
+    """The train step."""
+    from fdm_jax.cli.bench import cases, training_program
 
-    return sampling_programs(case, 18)[0], parameter_shapes(case)
-
-
-WHAT = {"train": train, "sample": sample}
+    (case,) = cases(args)
+    return _traced(case, training_program(case), args)
 
 
-def parameter_shapes(case: Case) -> Any:
+def sample(args: argparse.Namespace) -> Traced:
+    """The sampler of 18 steps."""
+    from fdm_jax.cli.bench import cases, sampling_programs
+
+    (case,) = cases(args)
+    return _traced(case, sampling_programs(case, 18)[0], args)
+
+
+def _traced(case: Case, program: Program, args: argparse.Namespace) -> Traced:
+    import jax
+
+    for _ in range(2):  # the first call sets up what later ones find
+        jax.block_until_ready(program.call())
+    steps = args.steps or 5
+    with tracing(args.out) as traces:
+        for step in range(steps):
+            with jax.profiler.StepTraceAnnotation("step", step_num=step):
+                result = program.call()
+        jax.block_until_ready(result)
+    shapes = parameter_shapes(case.network, case.spec, case.image_shape)
+    described = describe(case.name, case.network, case.spec)
+    return Traced(traces[0], program.compiled.as_text(), shapes, steps, described)
+
+
+def loop(args: argparse.Namespace) -> Traced:
+    """The training loop, from files to metrics."""
+    import jax
+
+    from fdm_jax.ahead import lower_step
+    from fdm_jax.cli.config import load
+    from fdm_jax.experiment import Experiment, open_data
+    from fdm_jax.training.loop import train
+
+    steps, remat = args.steps or 50, f"({args.remat},)" if args.remat else None
+    for field, value in (("train.batch_size", args.batch_size), ("network.dtype", args.dtype), ("remat", remat)):
+        if value is not None:
+            args.overrides.append(f"--config.{field}={value}")
+    config = load(args)
+    images = config.train.batch_size * (LOOP_WARM_UP + steps + 2 * config.train.steps_at_once)
+    config.update_from_flattened_dict({
+        "train.images": images, "checkpoint.every_images": images, "samples.every_images": 0, "eval.every_images": 0,
+    })  # fmt: skip
+    source = open_data(config)
+    experiment = Experiment.from_config(config, source.spec)
+    traces: list[list[Path]] = []
+    with tempfile.TemporaryDirectory(prefix="fdm_profile_") as workdir, contextlib.ExitStack() as stack:
+
+        def watch(step: int) -> None:
+            if step >= LOOP_WARM_UP + steps:
+                stack.close()  # as many steps are under way as at the beginning: it has all that it should have
+                raise _Enough
+            if step >= LOOP_WARM_UP and not traces:
+                traces.append(stack.enter_context(tracing(args.out)))
+
+        with contextlib.suppress(_Enough):
+            train(experiment, source, Path(workdir) / "run", watch)
+            raise KeyboardInterrupt  # which the loop keeps to itself; nothing else ends it so early
+    network, spec = experiment.network, experiment.spec
+    shapes = parameter_shapes(network, spec, experiment.image_shape)
+    text = lower_step(experiment, jax.devices(), config.train.steps_at_once).compile().as_text()
+    return Traced(traces[0][0], text, shapes, steps, describe(args.config, network, spec))
+
+
+class _Enough(Exception):
+    """Ends the training loop."""
+
+
+WHAT = {"train": train, "loop": loop, "sample": sample}
+
+
+def parameter_shapes(network: SongUNet, spec: TrainSpec, image_shape: tuple[int, int, int]) -> Any:
     import jax
 
     from fdm_jax.training.step import init_state
 
-    return jax.eval_shape(lambda: init_state(case.network, case.spec, case.image_shape)).params
+    return jax.eval_shape(lambda: init_state(network, spec, image_shape)).params
 
 
-def describe(case: Case) -> dict[str, Any]:
+def describe(name: str, network: SongUNet, spec: TrainSpec) -> dict[str, Any]:
     """What was measured, and on what."""
     import jax
     import jax.numpy as jnp
 
     return {
-        "name": case.name,
-        "batch_size": case.spec.batch_size,
-        "dtype": jnp.dtype(case.network.dtype).name,
+        "name": name,
+        "batch_size": spec.batch_size,
+        "dtype": jnp.dtype(network.dtype).name,
         "devices": jax.device_count(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
 
 
-def record(program: Program, out: Path, steps: int) -> Path:
-    """Run a program so many times under the profiler; returns the trace that it wrote."""
+@contextlib.contextmanager
+def tracing(out: Path) -> Iterator[list[Path]]:
+    """Trace what runs within; the list then holds the file that was written."""
     import jax
 
-    for _ in range(2):  # the first call sets up what later ones find
-        jax.block_until_ready(program.call())
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # tracing every call of Python would slow down what is measured
-    before = set(out.rglob("*.xplane.pb"))
+    before, found = set(out.rglob("*.xplane.pb")), list[Path]()
     with jax.profiler.trace(out, create_perfetto_trace=True, profiler_options=options):
-        for step in range(steps):
-            with jax.profiler.StepTraceAnnotation("step", step_num=step):
-                result = program.call()
-        jax.block_until_ready(result)
-    written = set(out.rglob("*.xplane.pb")) - before
-    if not written:
+        yield found
+    found += sorted(set(out.rglob("*.xplane.pb")) - before)
+    if not found:
         raise UserError(f"JAX wrote no trace to {out}.")
-    return max(written)
 
 
 def render(summary: dict[str, Any], top: int) -> str:
     """The tables in words."""
     s = summary
-    noun = {"train": "step", "sample": "sampling"}[s["what"]]
+    noun = "sampling" if s["what"] == "sample" else "step"
     lines = [
         f"{s['name']}, {s['what']}: {s['milliseconds']:.4g} ms of operations per {noun} of {s['batch_size']} images on "
         f"{s['devices']} x {s['device']}, {s['dtype']}, jax {s['jax']}; mean of {s['steps']}."

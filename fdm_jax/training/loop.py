@@ -36,7 +36,7 @@ from fdm_jax.whole_files import make_folder, place, write_text
 PROGRAMS_IN_FLIGHT = 4
 
 
-def train(experiment: Experiment, source: Source, workdir: Path) -> bool:
+def train(experiment: Experiment, source: Source, workdir: Path, watch: Callable[[int], None] | None = None) -> bool:
     """Train, or go on training, in a workdir.
 
     Writes ``config.json``, ``parameters.txt``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``samples/*.png``,
@@ -47,6 +47,7 @@ def train(experiment: Experiment, source: Source, workdir: Path) -> bool:
       experiment: what to train.
       source: the data.
       workdir: made if it is not there.
+      watch: for profilers; called with the number of steps so far each time that some were sent to the devices.
 
     Several processes call it alike, with a workdir that all of them see.
 
@@ -60,7 +61,7 @@ def train(experiment: Experiment, source: Source, workdir: Path) -> bool:
     """
     experiment.check_devices(jax.device_count())
     with locked(workdir, hold=jax.process_index() == 0):
-        return _Run(experiment, source, workdir).train()
+        return _Run(experiment, source, workdir).train(watch)
 
 
 class _Run:
@@ -172,7 +173,7 @@ class _Run:
         own, ema = copies(host)
         return state.replace(params=own.pop("params"), ema=ema, constants=own)
 
-    def train(self) -> bool:
+    def train(self, watch: Callable[[int], None] | None = None) -> bool:
         state = self._initial_state()
         step = first_step = int(state.step)
         writers = Writers(self.workdir, step, step * self.batch_size) if self.main else None
@@ -227,6 +228,8 @@ class _Run:
                     tick = time.monotonic()  # compilation is not training speed
                 fetch(PROGRAMS_IN_FLIGHT)
                 progress.advance(nimg)
+                if watch is not None:
+                    watch(step)
                 last = step == self.total_steps
                 stopping = stop.after(programs)
                 if step % log_steps == 0 or last or stopping:

@@ -67,3 +67,19 @@ def test_sampling(tmp_path):
     assert main(["profile", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, f"--out={tmp_path}", *arguments]) == 0
     summary = json.loads((tmp_path / "profile.json").read_text())
     assert {row["name"] for row in summary["passes"]} <= {"forward", "outside the network", "unnamed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_loop(tmp_path, capsys, at_once):
+    """What `fdm train` does, stopped when there is enough; nothing of its workdir is left."""
+    arguments = ["--what=loop", "--steps=6", "--batch-size=8", "--remat=8", f"--config.train.steps_at_once={at_once}"]
+    assert main(["profile", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, f"--out={tmp_path}", *arguments]) == 0
+    summary = json.loads((tmp_path / "profile.json").read_text())
+    assert (summary["what"], summary["steps"], summary["batch_size"]) == ("loop", 6, 8)
+    named = sum(row["share"] for row in summary["categories"] if row["name"] != "not in the program")
+    assert named > 0.99
+    assert {"forward", "backward", "recomputed"} <= {row["name"] for row in summary["passes"]}
+    printed = capsys.readouterr()
+    assert "First step done" in printed.err and "of operations per step of 8 images" in printed.out
+    assert {path.name for path in tmp_path.iterdir()} == {"plugins", "profile.json", "profile.txt"}
