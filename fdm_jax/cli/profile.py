@@ -79,7 +79,7 @@ class Traced(NamedTuple):
       trace: the file.
       program: the compiled program that ran, as text.
       parameters: shapes of the network's, nested as its modules are.
-      steps: how many of them it has.
+      steps: how many runs of it the trace has.
       described: what was measured, and on what.
     """
 
