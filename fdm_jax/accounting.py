@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 # Float32 copies of the parameters that a train step holds at once: the parameters themselves, their average,
 # Adam's two moments, and the gradients.
@@ -22,6 +22,8 @@ STATE_COPIES = 5
 
 # The backward pass takes every product twice: for the gradient of its input and for that of its weights.
 TRAIN_PASSES = 3
+
+REMAT = ("checkpoint", "remat2")  # names that JAX's primitive of jax.checkpoint has had
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +98,20 @@ def _equation_flops(equation: JaxprEqn) -> int:
         return 2 * math.prod(_shape(equation.outvars[0])) * per_output
     if name == "cond":
         return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
-    # Calls of every kind (jit, scan, custom derivatives, checkpoints) hold their bodies among their parameters.
-    inner = sum(
-        _jaxpr_flops(leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf)
-        for leaf in jax.tree.leaves(list(params.values()), is_leaf=lambda leaf: isinstance(leaf, ClosedJaxpr | Jaxpr))
-        if isinstance(leaf, ClosedJaxpr | Jaxpr)
-    )
+    inner = sum(map(_jaxpr_flops, _inner(equation)))
     if name == "while" and inner:
         raise ValueError("The operations in a while loop cannot be counted without running it.")
     return inner * params["length"] if name == "scan" else inner
+
+
+def _inner(equation: JaxprEqn) -> list[Jaxpr]:
+    """Bodies of a call of any kind (jit, scan, custom derivatives, checkpoints), which holds them among its parameters."""
+    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, ClosedJaxpr | Jaxpr))
+    return [
+        leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf
+        for leaf in leaves
+        if isinstance(leaf, ClosedJaxpr | Jaxpr)
+    ]
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
@@ -146,8 +153,7 @@ def train_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
 def recomputed_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
     """Operations per training image that the blocks of ``network.remat`` add to :func:`train_flops`."""
     jaxpr = jax.make_jaxpr(_plain(network).apply)(*_inputs(network, image_shape, 1)).jaxpr
-    # JAX's primitive of jax.checkpoint has had both names.
-    return sum(_equation_flops(eqn) for eqn in jaxpr.eqns if eqn.primitive.name in ("checkpoint", "remat2"))
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns if equation.primitive.name in REMAT)
 
 
 def state_bytes(parameters: int, accumulation: int = 1) -> int:
@@ -159,13 +165,13 @@ def state_bytes(parameters: int, accumulation: int = 1) -> int:
 
 
 def activation_bytes(network: nn.Module, image_shape: tuple[int, ...], batch: int) -> int:
-    """What the forward pass of ``batch`` images keeps for the backward pass, had every operation its own memory.
+    """What the convolutions and matrix products of a forward pass over ``batch`` images read and write.
 
-    XLA recomputes what is cheap instead of keeping it, but needs room of its own in the backward pass: compiled
-    for CPUs, train steps in float32 took 0.8 to 1.0 of this (and in bfloat16, which CPUs compute in float32, 1.1
-    to 1.4).  Parameters are not in it (see :func:`state_bytes`), but their casts to the compute type are.  Of the
-    blocks of ``network.remat`` the inputs are in it, and the inside of one of them, of mean size: that which is being
-    computed again.
+    That is what XLA's programs for accelerators keep for the backward pass, more or less: the rest is computed again.
+    Compiled for the description of an H200, CIFAR-10's train step of 512 images set aside 0.8 of this (0.9 to 1.0 with
+    rematerialised blocks), and for a TPU v4 or v5e, of 32 images, 0.5 to 0.7.  Parameters are not in it (see
+    :func:`state_bytes`), but their casts to the compute type are.  Of the blocks of ``network.remat`` the inputs are in it, and the inside of one
+    of them, of mean size: that which is being computed again.
     """
     kept = _kept_bytes(network, image_shape, batch)
     remat = getattr(network, "remat", ())
@@ -188,13 +194,25 @@ def _kept_bytes(network: nn.Module, image_shape: tuple[int, ...], batch: int) ->
     variables, *inputs = _inputs(network, image_shape, batch)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
 
-    def kept(variables: Any, inputs: Any, keys: jax.Array) -> list[jax.Array]:
-        pull_back = jax.vjp(lambda v: _plain(network).apply(v, *inputs, dropout_keys=keys), variables)[1]
-        given = {id(leaf) for leaf in jax.tree.leaves((variables, inputs, keys))}
-        # One array may serve several derivatives: it is kept once.
-        return list({id(leaf): leaf for leaf in jax.tree.leaves(pull_back) if id(leaf) not in given}.values())
+    def forward(variables: Any, inputs: Any, keys: jax.Array) -> Any:
+        return _plain(network).apply(variables, *inputs, dropout_keys=keys)
 
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.eval_shape(kept, variables, inputs, keys))
+    jaxpr = jax.make_jaxpr(forward)(variables, inputs, keys).jaxpr
+    return _bytes_read_and_written(jaxpr, given=set(jaxpr.invars))
+
+
+def _bytes_read_and_written(jaxpr: Jaxpr, given: set[Any]) -> int:
+    """Of arrays that products read or write and rematerialised blocks read, each counted once, but for those given."""
+    touched: set[Any] = set()
+    inside = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            touched |= {*equation.invars, *equation.outvars}
+        elif equation.primitive.name in REMAT:
+            touched |= {variable for variable in equation.invars if not isinstance(variable, Literal)}
+        else:
+            inside += sum(_bytes_read_and_written(inner, set()) for inner in _inner(equation))
+    return inside + sum(v.aval.size * v.aval.dtype.itemsize for v in touched - given)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
