@@ -68,9 +68,9 @@ def test_products_inside_other_programs():
     ("preset", "resolution", "channel_mult", "gflop"),
     [
         ("ddpmpp", 32, (2, 2, 2), 42.4),
-        ("ncsnpp", 32, (2, 2, 2), 42.8),
-        ("ddpmpp", 32, (1, 2, 2, 2), 21.7),
-        ("ncsnpp", 64, (1, 2, 2, 2), 84.9),
+        pytest.param("ncsnpp", 32, (2, 2, 2), 42.8, marks=pytest.mark.slow),
+        pytest.param("ddpmpp", 32, (1, 2, 2, 2), 21.7, marks=pytest.mark.slow),
+        pytest.param("ncsnpp", 64, (1, 2, 2, 2), 84.9, marks=pytest.mark.slow),
     ],
 )
 def test_published_operations(preset, resolution, channel_mult, gflop):

@@ -197,7 +197,12 @@ def test_every_solver_on_every_grid_ends_near_the_data(name, grid):
 
 
 @pytest.mark.parametrize(
-    "name,steps,churn", [("ancestral", 1500, None), ("sde-dpmpp-2m", 300, None), ("heun", 150, Churn(S_churn=40))]
+    "name,steps,churn",
+    [
+        pytest.param("ancestral", 1500, None, marks=pytest.mark.slow),
+        ("sde-dpmpp-2m", 300, None),
+        ("heun", 150, Churn(S_churn=40)),
+    ],
 )
 def test_samples_have_the_exact_mean_and_covariance(name, steps, churn):
     """An even mixture of N(-1, 0.3^2) and N(0.5, 0.3^2): mean -0.25, variance 0.09 + 0.75^2, pixels independent."""

@@ -86,6 +86,7 @@ def test_generated_by_two_processes(straight_run, tmp_path):
     assert np.abs(one - two).max() <= 1 and one.std() > 10
 
 
+@pytest.mark.slow
 def test_generation_that_is_told_to_end(straight_run, tmp_path):
     """Both keep what they made; the same command, in one process, makes the rest."""
     more = ["generate", f"--workdir={straight_run}", f"--out={tmp_path}/all", "--steps=3", "--batch=2"]
