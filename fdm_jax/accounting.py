@@ -169,7 +169,7 @@ def activation_bytes(network: nn.Module, image_shape: tuple[int, ...], batch: in
 
     That is what XLA's programs for accelerators keep for the backward pass, more or less: the rest is computed again.
     Compiled for the description of an H200, CIFAR-10's train step of 512 images set aside 0.8 of this (0.9 to 1.0 with
-    rematerialised blocks), and for a TPU v4 or v5e, of 32 images, 0.5 to 0.7.  Parameters are not in it (see
+    rematerialised blocks), and for a TPU v4 or v5e, of 32 images, 0.6 to 0.7.  Parameters are not in it (see
     :func:`state_bytes`), but their casts to the compute type are.  Of the blocks of ``network.remat`` the inputs are in
     it, and the inside of one of them, of mean size: that which is being computed again.
     """
