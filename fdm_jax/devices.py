@@ -46,6 +46,23 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(place, tree)
 
 
+def one_copy_per_process(tree: Any) -> Any:
+    """Arrays that all their devices hold whole, as held by the first device of each process; nothing is copied."""
+
+    def thin(array: jax.Array) -> jax.Array:
+        devices: list[Any] = sorted(array.sharding.device_set, key=lambda device: device.id)
+        firsts = {device.process_index: device for device in reversed(devices)}
+        if not array.is_fully_replicated or len(firsts) == len(devices):
+            return array
+        own = next(s.data for s in array.addressable_shards if s.device is firsts[jax.process_index()])
+        if len(firsts) == 1:
+            return own
+        mesh = make_mesh([firsts[process] for process in sorted(firsts)])
+        return jax.make_array_from_single_device_arrays(array.shape, replicated(mesh), [own])
+
+    return jax.tree.map(thin, tree)
+
+
 def fetch(array: jax.Array) -> np.ndarray:
     """The whole of an array on the host, in every process."""
     if array.is_fully_addressable or array.is_fully_replicated:

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from fdm_jax.devices import one_copy_per_process
 from fdm_jax.errors import UserError
 from fdm_jax.training.step import TrainState
 from fdm_jax.whole_files import is_remote, move_folder, remove_folder, resolved
@@ -95,7 +96,8 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        model, train = _split(state)
+        # One copy: Orbax would cut a part out of each device's, one launch for each array and device.
+        model, train = one_copy_per_process(_split(state))
         self._manager.save(
             step,
             args=ocp.args.Composite(

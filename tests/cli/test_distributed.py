@@ -128,6 +128,8 @@ def test_processes_and_devices_give_one_curve(data_dir, tmp_path):
         finish(start_all(tiny.arguments(workdir, *more), processes, devices), [0] * processes)
         assert len(rows(workdir)) == 20
         assert_same_losses(workdir, tmp_path / "1x4")
+        written = (workdir / "checkpoints" / "20").glob("train/ocdbt.process_*")
+        assert len(list(written)) == processes, "each process writes its part"
     for (processes, devices), steps in (((2, 2), 7), ((1, 4), 13), ((4, 1), 20)):
         arguments = tiny.arguments(tmp_path / "moved", *more, f"--config.train.images={16 * steps}")
         finish(start_all(arguments, processes, devices), [0] * processes)
