@@ -25,6 +25,7 @@ class Event:
       line: of execution: a stream or a thread.
       op: its name in the compiled program.
       start, duration: in nanoseconds.
+      run: which run of which program it belongs to; None where the trace does not say.
     """
 
     device: str
@@ -32,6 +33,7 @@ class Event:
     op: str
     start: float
     duration: float
+    run: str | None = None
 
     @property
     def end(self) -> float:
@@ -57,7 +59,8 @@ def read_events(trace: Path) -> list[Event]:
                 op = stats.get("hlo_op", _leading_name(event.name) if whole else None)
                 if op is not None:
                     start, duration = float(event.start_ns), float(event.duration_ns)
-                    events.append(Event(plane.name, f"{line.name}#{place}", str(op), start, duration))
+                    run = f"{stats.get('hlo_module')}#{stats['run_id']}" if "run_id" in stats else None
+                    events.append(Event(plane.name, f"{line.name}#{place}", str(op), start, duration, run))
     if not events:
         raise UserError(f"The trace {trace} has no operations of a compiled program in it.")
     return events
@@ -88,23 +91,31 @@ def own_times(events: Iterable[Event]) -> dict[str, tuple[float, int]]:
     return {op: (max(time, 0.0), runs[op]) for op, time in times.items()}
 
 
-def idle(events: Iterable[Event]) -> dict[str, dict[str, float]]:
+def idle(events: Iterable[Event]) -> dict[str, dict[str, Any]]:
     """Per device, from its first operation to its last: nanoseconds ("window"), the share of them in which no
-    operation ran ("idle"), and the longest such time ("longest_gap", nanoseconds)."""
+    operation ran ("idle"), that share's part between runs of programs, where the host is what is waited for ("between",
+    None where the trace does not tell runs apart), and the longest time of both kinds ("longest_gap", nanoseconds)."""
     devices = collections.defaultdict(list)
     for event in events:
         devices[event.device].append(event)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for device, own in devices.items():
         own.sort(key=lambda e: e.start)
-        begin = end = own[0].start
-        gaps = [0.0]
+        begin, end, run = own[0].start, own[0].start, own[0].run
+        pauses: list[float] = []
+        between = 0.0
         for event in own:
-            gaps.append(event.start - end)
-            end = max(end, event.end)
-        pauses = [gap for gap in gaps if gap > 0]
+            if event.start > end:
+                pauses.append(event.start - end)
+                between += pauses[-1] if event.run != run else 0.0
+            end, run = max(end, event.end), event.run
         window = max(end - begin, 1.0)
-        found[device] = {"window": window, "idle": sum(pauses) / window, "longest_gap": max(pauses, default=0.0)}
+        found[device] = {
+            "window": window,
+            "idle": sum(pauses) / window,
+            "between": None if any(event.run is None for event in own) else between / window,
+            "longest_gap": max(pauses, default=0.0),
+        }
     return found
 
 
@@ -259,7 +270,7 @@ def summarise(
         ordered = sorted(by_name.items(), key=lambda item: -item[1])
         summary[key] = [{"name": name} | timed(time) for name, time in ordered]
     summary["idle"] = {
-        device: {"window": found["window"] / 1e6, "idle": found["idle"], "longest_gap": found["longest_gap"] / 1e6}
+        device: found | {"window": found["window"] / 1e6, "longest_gap": found["longest_gap"] / 1e6}
         for device, found in idle(events).items()
     }
     return summary

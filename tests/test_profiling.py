@@ -23,8 +23,18 @@ def test_idle():
         Event("d", "a", "x", 55, 55), Event("e", "a", "x", 0, 7),
     ]  # fmt: skip
     assert idle(events) == {
-        "d": {"window": 100, "idle": 0.15, "longest_gap": 10}, "e": {"window": 7, "idle": 0, "longest_gap": 0},
-    }  # fmt: skip
+        "d": {"window": 100, "idle": 0.15, "between": None, "longest_gap": 10},
+        "e": {"window": 7, "idle": 0, "between": None, "longest_gap": 0},
+    }
+
+
+def test_idle_between_programs():
+    """Pauses of 10 within the first run, 5 from run to run, and none where the next begins before the last one ends."""
+    events = [
+        Event("d", "a", "x", 0, 10, "1"), Event("d", "a", "y", 20, 20, "1"), Event("d", "a", "x", 45, 15, "2"),
+        Event("d", "b", "x", 55, 45, "3"),
+    ]  # fmt: skip
+    assert idle(events) == {"d": {"window": 100, "idle": 0.15, "between": 0.05, "longest_gap": 10}}
 
 
 # What three platforms write, in short: a custom call, a tuple, a fusion that is named by its inside, layouts with tiles.

@@ -6,7 +6,8 @@
 
 --out then holds profile.txt (what is printed), profile.json (the same, unabridged) and the trace itself, which
 TensorBoard's profile plugin and https://ui.perfetto.dev (perfetto_trace.json.gz) show.  Times are those of operations on
-the devices; the idle share is how long a device had none to run between the first and the last.  Of `train` and `sample`
+the devices; the idle share is how long a device had none to run between the first and the last, and where the trace tells
+them apart, how long between one run of a program and the next (waiting for the host or for data).  Of `train` and `sample`
 images are synthetic, and loading is not in it.  `loop` is what `fdm train` does, from files to logged metrics, in a
 workdir that is thrown away; only checkpoints, samples and evaluations are left out.
 """
@@ -226,8 +227,10 @@ def render(summary: dict[str, Any], top: int) -> str:
             lines.append(f"{row['milliseconds']:>10.4g} {row['share']:>6.1%}  {name:<{WIDTH if more else 0}}{more}")
     lines.append("")
     for device, found in s["idle"].items():
+        lost = found["idle"] if found["between"] is None else found["between"]
         lines.append(
             f"{device}: idle {found['idle']:.2%} of {found['window']:.4g} ms, at most {found['longest_gap']:.3g} ms at a time"
-            + (f"; more than {IDLE_SHARE:.0%} is lost time." if found["idle"] > IDLE_SHARE else ".")
+            + (f"; {lost:.2%} between one program and the next" if found["between"] is not None else "")
+            + (f"; more than {IDLE_SHARE:.0%} is lost time." if lost > IDLE_SHARE else ".")
         )
     return "\n".join(lines)

@@ -37,7 +37,7 @@ def test_tables(profiled):
     assert {row["name"] for row in summary["passes"]} == {"forward", "backward", "outside the network", "unnamed"}
     kinds = {row["name"] for row in summary["categories"]}
     assert {"convolution", "matrix product", "elementwise"} <= kinds and "not in the program" not in kinds
-    assert all(0 <= device["idle"] < 1 for device in summary["idle"].values())
+    assert all(0 <= device["between"] <= device["idle"] < 1 for device in summary["idle"].values())
 
 
 def test_words(profiled):
