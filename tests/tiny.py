@@ -1,6 +1,11 @@
 """A run as small as it gets, for tests of the shell: a few thousand parameters, 8x8 digits."""
 
+import os
 import pathlib
+import re
+import resource
+import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = f"{ROOT}/configs/edm.py:digits"
@@ -27,3 +32,19 @@ OVERRIDES = [
 def arguments(workdir, *more, command="train"):
     """Command line of the tiny run."""
     return [command, f"--config={CONFIG}", f"--workdir={workdir}", *OVERRIDES, *more]
+
+
+def peak_memory():
+    """The most memory that this process has had, in bytes."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():  # getrusage counts the process that started this one too
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_script(script, *arguments):
+    """A Python program of its own, which can import this module."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+    )  # fmt: skip

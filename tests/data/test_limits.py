@@ -1,13 +1,12 @@
 """Memory stays bounded whatever the size of the set: FFHQ's 70,000 images of 64x64, prepared and read."""
 
-import subprocess
-import sys
-
 import pytest
+import tiny
 
 SCRIPT = """
-import pathlib, resource, sys
+import pathlib, sys
 import numpy as np
+import tiny
 from fdm_jax.data import builders, raw
 from fdm_jax.data.opening import open_source
 from fdm_jax.data.pipeline import make_batches
@@ -32,13 +31,12 @@ for _ in range(300):
     next(batches)
 first, *_, last = source.read([0, 1, 65535])["image"]
 assert len(source) == 70_000 and tuple(last[:2, 0, 0]) == (255, 255) and not first[:2, 0, 0].any()
-scale = 1 if sys.platform == "darwin" else 1024
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
+print(tiny.peak_memory())
 """
 
 
 @pytest.mark.slow
 def test_memory_of_preparing_and_reading_a_large_set(tmp_path):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True)
+    done = tiny.run_script(SCRIPT, tmp_path)
     assert done.returncode == 0, done.stderr
     assert 2**26 < int(done.stdout) < 2**30

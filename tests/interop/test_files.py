@@ -1,7 +1,6 @@
 """`fdm import` and `fdm export`: workdirs of the original's models, files for its users, and back."""
 
 import json
-import subprocess
 import sys
 import time
 
@@ -255,10 +254,11 @@ def test_tensors_that_do_not_fit_the_description(tmp_path):
 
 
 IMPORT = """
-import resource, sys
+import sys
+import tiny
 from fdm_jax.cli.main import main
 code = main(["import", sys.argv[1], f"--workdir={sys.argv[2]}"])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+print(tiny.peak_memory())
 sys.exit(code)
 """
 
@@ -278,7 +278,7 @@ def test_a_snapshot_of_250_megabytes(tmp_path):
     )
     assert path.stat().st_size > 240e6
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", IMPORT, path, tmp_path / "w"], capture_output=True, text=True)
+    done = tiny.run_script(IMPORT, path, tmp_path / "w")
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 60
     *said, memory = done.stdout.splitlines()
