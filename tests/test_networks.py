@@ -345,7 +345,14 @@ def test_cudnn_attention_is_refused_on_a_cpu_before_anything_is_compiled():
         jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
 
 
-def test_rematerialised_blocks_change_neither_parameters_nor_gradients(tiny_network):
+def test_rematerialised_blocks_have_the_same_parameters(tiny_network):
+    network, variables = tiny_network
+    shapes = jax.eval_shape(network.clone(remat=(8,)).init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
+    assert jax.tree.structure(shapes) == jax.tree.structure(variables)
+
+
+@pytest.mark.slow
+def test_rematerialised_blocks_change_no_gradient(tiny_network):
     network, variables = tiny_network
     variables = jax.tree.map(lambda p: p + 0.05, variables)
     rematerialised = network.clone(remat=(8,))
@@ -360,8 +367,6 @@ def test_rematerialised_blocks_change_neither_parameters_nor_gradients(tiny_netw
 
         return jax.jit(jax.grad(loss))(variables["params"])
 
-    shapes = jax.eval_shape(rematerialised.init, jax.random.key(0), x[:1], jnp.zeros(1))
-    assert jax.tree.structure(shapes) == jax.tree.structure(variables)
     plain, again = gradients(network), gradients(rematerialised)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * scale), plain, again)

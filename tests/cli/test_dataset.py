@@ -29,7 +29,7 @@ def fdm(*arguments):
     return main(["dataset", *map(str, arguments)])
 
 
-def test_from_photos_to_a_trained_model(photos, tmp_path, capsys):
+def test_from_photos_to_a_prepared_set(photos, tmp_path, capsys):
     data_dir = tmp_path / "data"
     assert fdm("prepare", "folder", f"--source={photos}", f"--data_dir={data_dir}") == 0
     said = capsys.readouterr().out
@@ -61,7 +61,14 @@ def test_from_photos_to_a_trained_model(photos, tmp_path, capsys):
     assert fdm("export", "folder/photos", f"--data_dir={data_dir}", f"--out={exported}") == 0
     assert "40 images" in capsys.readouterr().out
 
-    # The same order and pixels: a run goes on from one form of the data to another.
+
+@pytest.mark.slow
+def test_every_form_of_the_data_trains(photos, tmp_path, capsys):
+    """The same order and pixels: a run goes on from one form of the data to another."""
+    data_dir, exported = tmp_path / "data", tmp_path / "photos.zip"
+    assert fdm("prepare", "folder", f"--source={photos}", f"--data_dir={data_dir}") == 0
+    assert fdm("export", "folder/photos", f"--data_dir={data_dir}", f"--out={exported}") == 0
+    capsys.readouterr()
     prepared = data_dir / "folder" / "photos" / "1.0.0"
     shape = ["--config.data.num_classes=3", "--config.log.every_images=16"]
     for images, source in ((32, prepared), (64, exported), (96, photos)):

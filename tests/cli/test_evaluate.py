@@ -94,6 +94,7 @@ def test_it_goes_on_where_it_was(measured, place, monkeypatch):
     assert result(out)["metrics"] == before["metrics"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(measured, place, tmp_path):
     """Each makes its pieces; the figures are those of one process."""
     out, arguments = measured
