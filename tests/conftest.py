@@ -16,6 +16,10 @@ import numpy as np
 import object_store
 import pytest
 
+from fdm_jax.xla_flags import avoid_slow_convolutions
+
+avoid_slow_convolutions()  # as the program does, so that tests share compiled programs with those that they start
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))

@@ -15,6 +15,7 @@ from fdm_jax.cli.places import check_local
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError
 from fdm_jax.host_memory import keep_freed_memory
 from fdm_jax.whole_files import refusal
+from fdm_jax.xla_flags import avoid_slow_convolutions
 
 COMMANDS = (
     "train",
@@ -82,6 +83,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         check_local(args)
         keep_freed_memory()
+        avoid_slow_convolutions()
         use_compile_cache()
         return args.run(args)
     except UserError as error:
