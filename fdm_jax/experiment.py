@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -125,8 +126,8 @@ def _train_spec(config: ConfigDict, num_classes: int) -> TrainSpec:
     train = config.train
     for name, least in (
         ("train.images", 1), ("train.batch_size", 1), ("train.accumulation", 1), ("train.learning_rate", 0),
-        ("train.lr_rampup_images", 0), ("train.ema_halflife_images", 0), ("train.max_bad_steps", 1),
-        ("train.steps_at_once", 1),
+        ("train.lr_rampup_images", 0), ("train.ema_halflife_images", 0), ("train.ema_rampup_ratio", 0),
+        ("train.max_bad_steps", 1), ("train.steps_at_once", 1),
         ("warmup_steps", 0), ("seed", 0), ("log.every_images", 1), ("checkpoint.every_images", 1),
         ("checkpoint.keep_latest", 1), ("checkpoint.keep_every_images", 1), ("samples.every_images", 0),
         ("samples.columns", 1), ("samples.rows", 1), ("samples.steps", 1), ("data.threads", 1),
@@ -134,8 +135,9 @@ def _train_spec(config: ConfigDict, num_classes: int) -> TrainSpec:
         ("eval.num_images", 2), ("eval.batch_size", 1),
     ):  # fmt: skip
         value = _field(config, name)
-        if not value >= least:
-            raise UserError(f"{name} must be {least} or more, and is {value}.")
+        if not least <= value < math.inf:
+            wanted = "finite" if value >= least else f"{least} or more"
+            raise UserError(f"{name} must be {wanted}, and is {value}.")
     if config.seed >= 2**31:
         raise UserError(f"seed must be below 2^31, and is {config.seed}.")
     if not 0 <= config.augment.probability <= 1:

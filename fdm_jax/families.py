@@ -29,6 +29,15 @@ class Coefficients(NamedTuple):
     c_noise: jax.Array
 
 
+def _check_fields(owner: object, **bounds: tuple[float, float]) -> None:
+    """Raise a UserError unless each named field lies strictly between its bounds."""
+    for name, (low, high) in bounds.items():
+        value = getattr(owner, name)
+        if not low < value < high:
+            asked = f"above {low:g}" + (f" and below {high:g}" if high < math.inf else " and finite")
+            raise UserError(f"family.{name} must be {asked}, and is {value}.")
+
+
 def _log(sigma: jax.Array) -> jax.Array:
     # At sigma = 0 the coefficient c_out is 0 and D(x; 0) = x, provided that the network's output is finite.
     return jnp.log(jnp.maximum(sigma, jnp.finfo(sigma.dtype).tiny))
@@ -56,7 +65,7 @@ class Family(abc.ABC):
 
     def training_draw(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         """The random number behind one training noise level: u ~ U(0, 1) unless the family says otherwise."""
-        return jax.random.uniform(key, shape)
+        return jax.random.uniform(key, shape, jnp.float32)
 
     @abc.abstractmethod
     def training_sigma(self, draw: jax.Array) -> jax.Array:
@@ -72,7 +81,7 @@ class Family(abc.ABC):
 
     def coefficients(self, sigma: jax.Array) -> Coefficients:
         """c_skip, c_out, c_in, c_noise; with momentum c_in is s(sigma), FDM's one change."""
-        sigma = jnp.asarray(sigma)
+        sigma = jnp.asarray(sigma) * 1.0  # integers become floats
         plain = self.plain_coefficients(sigma)
         if self.momentum is None:
             return plain
@@ -93,6 +102,9 @@ class VP(Family):
     beta_d: float = 19.9
     epsilon_t: float = 1e-5
     num_scales: int = 1000
+
+    def __post_init__(self) -> None:
+        _check_fields(self, beta_min=(0, math.inf), beta_d=(0, math.inf), epsilon_t=(0, 1), num_scales=(1, math.inf))
 
     @property
     def sigma_min(self) -> float:
@@ -134,6 +146,9 @@ class VE(Family):
     lowest: float = 0.02
     highest: float = 100.0
 
+    def __post_init__(self) -> None:
+        _check_fields(self, lowest=(0, math.inf), highest=(self.lowest, math.inf))
+
     @property
     def sigma_min(self) -> float:
         return self.lowest
@@ -167,6 +182,12 @@ class EDM(Family):
     lowest: float = 0.002
     highest: float = 80.0
 
+    def __post_init__(self) -> None:
+        _check_fields(
+            self, sigma_data=(0, math.inf), P_mean=(-math.inf, math.inf), P_std=(0, math.inf),
+            lowest=(0, math.inf), highest=(self.lowest, math.inf),
+        )  # fmt: skip
+
     @property
     def sigma_min(self) -> float:
         return 0.0 if self.momentum is None else self.lowest
@@ -177,7 +198,7 @@ class EDM(Family):
 
     def training_draw(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         """n ~ N(0, 1), of which ln sigma is an affine function."""
-        return jax.random.normal(key, shape)
+        return jax.random.normal(key, shape, jnp.float32)
 
     def training_sigma(self, draw: jax.Array) -> jax.Array:
         return jnp.exp(draw * self.P_std + self.P_mean)

@@ -46,20 +46,24 @@ def mean_response(B: jax.Array | float, damping: float = 1.0) -> jax.Array:
       An array of B's shape, 1 at B = 0.
 
     Raises:
-      UserError: ``damping`` is negative or not a number.
+      UserError: ``damping`` is negative or not finite.
     """
-    if not damping >= 0:
-        raise UserError(f"The damping ratio must be 0 or more, and is {damping}.")
+    _check_damping(damping)
     B = jnp.asarray(B)
     if damping == 1:
         return jnp.exp(-B) * (1 + B)
     if damping < 1:
-        w = math.sqrt(1 - damping**2)
+        w = math.sqrt((1 - damping) * (1 + damping))
         return jnp.exp(-damping * B) * (jnp.cos(w * B) + damping / w * jnp.sin(w * B))
-    # cosh and sinh overflow where their product with the exponential is small: combine the exponents instead.
-    w = math.sqrt(damping**2 - 1)
-    slow, fast = 1 / (damping + w), damping + w  # slow = damping - w without cancellation
-    return 0.5 * ((1 + damping / w) * jnp.exp(-slow * B) + (1 - damping / w) * jnp.exp(-fast * B))
+    # cosh and sinh overflow where their product with the exponential is small, and their sum cancels near critical
+    # damping: the slower exponential, 1 / (zeta + w) = zeta - w, is taken out of both.
+    w = math.sqrt((damping - 1) * (damping + 1))
+    return 0.5 * jnp.exp(-B / (damping + w)) * (1 + jnp.exp(-2 * w * B) - damping / w * jnp.expm1(-2 * w * B))
+
+
+def _check_damping(damping: float) -> None:
+    if not 0 <= damping < math.inf:
+        raise UserError(f"The damping ratio must be 0 or more and finite, and is {damping}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,9 +84,9 @@ class Momentum:
 
     def __post_init__(self) -> None:
         for name in ("multiplier", "beta_min", "beta_d"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"momentum.{name} must be 0 or more, and is {getattr(self, name)}.")
-        mean_response(0.0, self.damping)
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"momentum.{name} must be 0 or more and finite, and is {getattr(self, name)}.")
+        _check_damping(self.damping)
 
     def clock(self, t: jax.Array) -> jax.Array:
         """B(t) = m (beta_min t + beta_d t^2 / 2); t is the place in the noise range, not clipped to [0, 1]."""

@@ -113,3 +113,19 @@ def test_make_family_names_what_is_wrong():
         make_family("edn")
     with pytest.raises(UserError, match="no field 'sigma_dat': did you mean 'sigma_data'"):
         make_family("edm", sigma_dat=0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("edm", {"sigma_data": 0.0}, "family.sigma_data must be above 0 and finite, and is 0.0"),
+        ("edm", {"P_std": float("nan")}, "family.P_std must be above 0 and finite, and is nan"),
+        ("edm", {"lowest": 80.0}, "family.highest must be above 80 and finite, and is 80.0"),
+        ("ve", {"lowest": 5.0, "highest": 1.0}, "family.highest must be above 5 and finite, and is 1.0"),
+        ("ve", {"lowest": 0.0}, "family.lowest must be above 0 and finite, and is 0.0"),
+        ("vp", {"epsilon_t": -1.0}, "family.epsilon_t must be above 0 and below 1, and is -1.0"),
+    ],
+)
+def test_values_that_make_no_family_are_named(name, fields, said):
+    with pytest.raises(UserError, match=said):
+        make_family(name, **fields)

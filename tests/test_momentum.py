@@ -1,9 +1,13 @@
 """The oscillator against the ODE and against SGD with momentum itself; s against golden numbers."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from conftest import enable_x64
 from scipy.integrate import solve_ivp
 
@@ -96,3 +100,20 @@ def test_scale_is_differentiable():
 def test_bad_values_are_named(bad):
     with pytest.raises(UserError, match="must be 0 or more"):
         Momentum(**bad)
+
+
+def test_overdamped_response_keeps_its_digits_near_critical_damping():
+    """(1 + B) e^-B is the limit; the difference of two exponentials over a small w would lose it in float32."""
+    B = np.array([0.01, 0.1, 1.0, 5.0, 10.0], np.float32)
+    limit = (1 + B.astype(np.float64)) * np.exp(-B.astype(np.float64))
+    for excess in (1e-8, 1e-12):
+        np.testing.assert_allclose(mean_response(jnp.asarray(B), 1 + excess), limit, rtol=2e-6)
+
+
+def test_a_momentum_can_be_made_before_jax_is_started():
+    """As `jax.distributed.initialize` must come before anything that JAX computes."""
+    code = (
+        "from fdm_jax.families import EDM; from fdm_jax.momentum import Momentum; from jax._src import xla_bridge;"
+        "EDM(momentum=Momentum(multiplier=2.0)); assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tiny.ROOT)

@@ -277,6 +277,15 @@ def test_dropout_is_unbiased():
         assert abs(scores).max() < 4 and 0.5 < scores.std() < 1.5
 
 
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.13, 0.25])
+def test_dropout_is_unbiased_in_bfloat16(rate):
+    """Rounding is to either side: over many values the scale of those kept is 1 / (1 - rate) to 2e-4."""
+    x = jax.random.normal(jax.random.key(1), (4, 64, 64, 16)).astype(jnp.bfloat16)
+    y = np.asarray(dropout(x, rate, jax.random.split(jax.random.key(0), 4)), np.float64)
+    x = np.where(y != 0, np.asarray(x, np.float64), 0)
+    assert (x * y).sum() / (x * x).sum() * (1 - rate) == pytest.approx(1, abs=2e-4)
+
+
 def test_hashed_bits_mix_place_and_words_as_murmur_does():
     def mix(h):
         h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
@@ -325,6 +334,7 @@ def test_bfloat16_computes_close_to_float32(tiny_network):
         (dict(resolution=32, preset="ddpm"), "did you mean 'ddpmpp'"),
         (dict(resolution=32, channel_mult=()), "channel_mult"),
         (dict(resolution=32, dropout=1.0), "network.dropout"),
+        (dict(resolution=32, dtype=jnp.float16), "take bfloat16"),
         (dict(resolution=32, remat=(16, 12)), r"remat names the resolution 12, and the network's are \[32, 16, 8, 4\]"),
         (dict(resolution=32, attention="cuddn"), "network.attention is 'cuddn': did you mean 'cudnn'"),
         (dict(resolution=32, attention="cudnn"), "needs network.dtype = 'bfloat16', and that is 'float32'"),

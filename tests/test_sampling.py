@@ -156,6 +156,36 @@ def test_a_seed_means_the_same_in_any_company():
     assert np.abs(np.corrcoef(flat) - np.eye(9)).max() < 0.7 and not np.isclose(flat[0], flat[3]).any()
 
 
+def test_a_seed_means_the_same_in_float64():
+    seeds = jnp.arange(3, dtype=jnp.uint32)
+    single = [np.asarray(a) for a in (latents(seeds, (2, 2, 1)), labels(seeds, 10), churn_noise(seeds, 1, (2, 2, 1)))]
+    with enable_x64():
+        double = [latents(seeds, (2, 2, 1)), labels(seeds, 10), churn_noise(seeds, 1, (2, 2, 1))]
+        assert double[0].dtype == double[2].dtype == jnp.float64
+        for one, other in zip(single, double, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"S_churn": -5.0}, "S_churn must be 0 or more and finite, and is -5.0"),
+        ({"S_churn": float("nan")}, "S_churn must be 0 or more and finite, and is nan"),
+        ({"S_noise": -1.0}, "S_noise must be 0 or more and finite, and is -1.0"),
+        ({"S_min": 3.0, "S_max": 1.0}, "not 3.0 to 1.0"),
+    ],
+)
+def test_churn_that_is_none(fields, said):
+    with pytest.raises(UserError, match=said):
+        Churn(**fields)
+
+
+@pytest.mark.parametrize("rho", [0.0, float("inf"), float("nan")])
+def test_a_grid_needs_a_finite_rho(rho):
+    with pytest.raises(UserError, match=f"rho must be a finite number other than 0, and is {rho}"):
+        edm_sigmas(5, rho=rho)
+
+
 def test_golden_uint8(golden):
     data = golden("misc")
     with enable_x64():

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import nhwc
+from conftest import enable_x64, nhwc
 
 from fdm_jax.devices import make_mesh
 from fdm_jax.errors import UserError
-from fdm_jax.families import EDM
+from fdm_jax.families import EDM, VE
 from fdm_jax.interop.state_dict import from_torch
 from fdm_jax.momentum import Momentum
 from fdm_jax.networks import SongUNet
 from fdm_jax.training import parallel as parallel_module
 from fdm_jax.training.parallel import parallelise
-from fdm_jax.training.schedules import ema_beta, learning_rate
+from fdm_jax.training.schedules import ema_beta, images_after, learning_rate
 from fdm_jax.training.step import Draws, TrainSpec, TrainState, draw_for_examples, init_state, make_train_step, sanitise
 
 FAMILY = EDM(momentum=Momentum(multiplier=2.0))
@@ -202,6 +202,32 @@ def test_draws_differ_between_examples_steps_and_seeds():
     assert not any(np.isin(a.noise, other.noise).any() for other in others)
     part = draw_for_examples(FAMILY, 0, jnp.asarray(3), index[2:], (8, 8, 1))
     np.testing.assert_array_equal(part.noise, a.noise[2:])
+
+
+def test_double_precision_changes_neither_draws_nor_the_type_of_parameters():
+    spec, step, index = TrainSpec(batch_size=4, learning_rate=1e-2), jnp.int32(3), jnp.arange(2)
+
+    def draws():
+        of_families = [draw_for_examples(family, 0, step, index, (1, 1, 1)) for family in (EDM(), VE())]
+        return [np.asarray(a) for d in of_families for a in (d.sigma, d.noise)]
+
+    def types():
+        return jax.tree.map(lambda a: a.dtype, jax.eval_shape(lambda: init_state(NETWORK, spec, (8, 8, 1))))
+
+    in_single = draws(), types()
+    with enable_x64():
+        for one, other in zip(in_single[0], draws(), strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert types() == in_single[1]
+
+
+def test_a_run_of_more_images_than_an_int32_counts():
+    spec = TrainSpec(batch_size=512, learning_rate=1e-3)
+    optimizer, steps = spec.optimizer(), jnp.int32(2**31 // 512)
+    state = jax.tree.map(lambda a: steps if a.dtype == jnp.int32 else a, optimizer.init(jnp.ones(())))
+    assert float(optimizer.update(jnp.ones(()), state)[0]) < 0
+    assert learning_rate(images_after(steps, 512), 1e-3, 1e7) == np.float32(1e-3)
+    np.testing.assert_array_equal(images_after(jnp.arange(9), 96), np.arange(9) * 96.0)
 
 
 def test_the_average_starts_at_the_parameters():

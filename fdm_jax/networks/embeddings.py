@@ -32,6 +32,8 @@ class FourierEmbedding(nn.Module):
     @nn.compact
     def __call__(self, c_noise: jax.Array) -> jax.Array:
         freqs = self.variable(
-            "constants", "freqs", lambda: 16 * jax.random.normal(self.make_rng("params"), (self.channels // 2,))
+            "constants",
+            "freqs",
+            lambda: 16 * jax.random.normal(self.make_rng("params"), (self.channels // 2,), jnp.float32),
         )
         return fourier_embedding(c_noise, freqs.value)

@@ -104,6 +104,8 @@ class SongUNet(nn.Module):
         for res in self.remat:
             if res not in resolutions:
                 raise UserError(f"remat names the resolution {res}, and the network's are {resolutions}.")
+        if jnp.dtype(self.dtype) == jnp.float16:
+            raise UserError("network.dtype is float16, which loses the network's input at high noise: take bfloat16.")
         if self.attention not in ATTENTION:
             raise UserError(f"network.attention is {self.attention!r}: {nearest(self.attention, ATTENTION)}")
         if self.attention == "cudnn":

@@ -63,7 +63,7 @@ def multistep_calls(sigmas: np.ndarray, order: int) -> list[Call]:
     (The authors' code gives the parabola's second difference half this weight, which makes it one of order 2.)
     """
     sigmas, calls = check_grid(sigmas), []
-    steps = np.log(sigmas[:-1] / np.maximum(sigmas[1:], np.finfo(float).tiny))
+    steps = -np.diff(np.log(np.maximum(sigmas, np.finfo(float).tiny)))  # one to 0 is of order 1, and needs none
     for i, (sigma, to) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         first, h = euler(sigma, to), steps[i]
         if to == 0 or i == 0 or order == 1:

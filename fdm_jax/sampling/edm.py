@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from fdm_jax.denoiser import DenoiseFn
+from fdm_jax.errors import UserError
 from fdm_jax.sampling.linear import Call, Combination, check_grid, euler, integrate, step_call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Churn:
-    """Noise added back before each step: gamma = min(S_churn / N, sqrt(2) - 1) where S_min <= sigma <= S_max."""
+    """Noise added back before each step: gamma = min(S_churn / N, sqrt(2) - 1) where S_min <= sigma <= S_max.
+
+    Raises:
+      UserError: an amount that is negative or not finite, or a range that is none.
+    """
 
     S_churn: float = 0.0
     S_min: float = 0.0
     S_max: float = float("inf")
     S_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("S_churn", "S_noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be 0 or more and finite, and is {getattr(self, name)}.")
+        if not 0 <= self.S_min <= self.S_max:
+            raise UserError(
+                f"Churn must act from a lower to a higher noise level, and not {self.S_min} to {self.S_max}."
+            )
 
     def gamma(self, sigmas: np.ndarray) -> np.ndarray:
         """Relative rise of each noise level of a grid without its final 0."""

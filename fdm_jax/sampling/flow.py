@@ -27,7 +27,7 @@ class Solved(NamedTuple):
 
     Attributes:
       x: what was asked for.
-      steps: that it took, rejected ones included; each calls the denoiser 13 times or fewer.
+      steps: that it took, rejected ones included; each calls the denoiser 13 times, and the first one once more.
       ok: whether it got to the end with the accuracy asked for.
     """
 

@@ -102,9 +102,9 @@ def make_generate_fn(
       steps: of the solver.
       solver: a key of :data:`~fdm_jax.sampling.solvers.SOLVERS`.
       grid: a key of :data:`~fdm_jax.sampling.grids.GRIDS`, or the noise levels themselves, falling and with 0 at the end.
-      sigma_min, sigma_max: of the grid.
+      sigma_min, sigma_max: of a named grid.
       rho: of the grid ``edm``.
-      clip: whether the family's own range bounds the grid's.
+      clip: whether the family's own range bounds that of a named grid; noise levels given as such stay as they are.
       churn: for heun and euler.
       guidance: how strongly to guide, classifier-free unless there is a guide; None for not at all.
       guide: network and family of a second, worse model to guide away from (autoguidance). ``variables`` of the result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -24,9 +25,11 @@ def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0
       [num_steps + 1].
 
     Raises:
-      UserError: fewer than one step, or a range that is none.
+      UserError: fewer than one step, a range that is none, or a rho that is 0 or not finite.
     """
     _check(num_steps, sigma_min, sigma_max)
+    if not (rho and math.isfinite(rho)):
+        raise UserError(f"rho must be a finite number other than 0, and is {rho}; EDM's is 7.")
     ramp = np.linspace(0, 1, num_steps)
     sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return np.append(sigmas, 0.0)

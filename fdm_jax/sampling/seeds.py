@@ -13,19 +13,24 @@ def _keys(seeds: jax.Array, stream: int) -> jax.Array:
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stream))(seeds)
 
 
+def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Drawn as float32, since float64 draws are others, and given as what JAX computes in by default."""
+    return jax.random.normal(key, shape, jnp.float32).astype(float)
+
+
 def latents(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal [B, *shape] for seeds [B]."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(seeds, _LATENT))
+    return jax.vmap(lambda key: _normal(key, shape))(_keys(seeds, _LATENT))
 
 
 def labels(seeds: jax.Array, num_classes: int) -> jax.Array:
     """A class for each seed, int32 [B], uniform over the classes."""
-    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes))(_keys(seeds, _LABEL))
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes, jnp.int32))(_keys(seeds, _LABEL))
 
 
 def churn_noise(seeds: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal [B, *shape] for the sampler's step."""
-    draw = lambda key: jax.random.normal(jax.random.fold_in(key, step), shape)  # noqa: E731
+    draw = lambda key: _normal(jax.random.fold_in(key, step), shape)  # noqa: E731
     return jax.vmap(draw)(_keys(seeds, _CHURN))
 
 
@@ -36,7 +41,7 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 def dequantise(images: jax.Array, seeds: jax.Array) -> jax.Array:
     """uint8 [B, H, W, C] -> (value - 1/2 + u) / 127.5 - 1 with u uniform in [0, 1), a draw for each seed."""
-    u = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(_keys(seeds, _DEQUANTISE))
+    u = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], jnp.float32))(_keys(seeds, _DEQUANTISE))
     return (images - 0.5 + u) / 127.5 - 1
 
 

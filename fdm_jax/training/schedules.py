@@ -6,6 +6,11 @@ import jax
 import jax.numpy as jnp
 
 
+def images_after(steps: jax.Array, batch_size: int) -> jax.Array:
+    """Images seen after so many steps, float32: as an int32 they would turn negative at 2^31."""
+    return steps.astype(jnp.float32) * batch_size
+
+
 def learning_rate(nimg: jax.Array, peak: float, rampup_images: float) -> jax.Array:
     """peak * min(nimg / rampup_images, 1); the first step has rate 0, as in EDM."""
     return peak * jnp.minimum(nimg / max(rampup_images, 1e-8), 1.0)

@@ -21,7 +21,7 @@ from fdm_jax import augment
 from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.families import Family
 from fdm_jax.objective import clamp, denoising_loss, loss_weight
-from fdm_jax.training.schedules import ema_beta, learning_rate
+from fdm_jax.training.schedules import ema_beta, images_after, learning_rate
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -79,7 +79,9 @@ class TrainSpec:
     def optimizer(self) -> optax.GradientTransformation:
         """Adam with the rate ramped by images."""
         return optax.adam(
-            lambda count: learning_rate(count * self.batch_size, self.learning_rate, self.lr_rampup_images),
+            lambda count: learning_rate(
+                images_after(count, self.batch_size), self.learning_rate, self.lr_rampup_images
+            ),
             b1=self.adam_b1,
             b2=self.adam_b2,
             eps=self.adam_eps,
@@ -103,7 +105,7 @@ def draw_for_examples(
 
     def one(i: jax.Array) -> Draws:
         sigma, noise, drop, aug = jax.random.split(jax.random.fold_in(step_key, i), 4)
-        return Draws(family.training_draw(sigma), jax.random.normal(noise, image_shape), drop, aug)
+        return Draws(family.training_draw(sigma), jax.random.normal(noise, image_shape, jnp.float32), drop, aug)
 
     return jax.vmap(one)(index)
 
@@ -207,7 +209,7 @@ def make_train_step(
         gradients, bad_gradients = sanitise(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        nimg = state.step * spec.batch_size
+        nimg = images_after(state.step, spec.batch_size)
         beta = ema_beta(nimg, spec.batch_size, spec.ema_halflife_images, spec.ema_rampup_ratio)
         bad_steps = jnp.where(bad_gradients > 0, state.bad_steps + 1, 0)
         metrics = {
