@@ -8,8 +8,9 @@ the class asked for, with their Frechet distance to the real ones on pixels.
 What must hold: the mean of our two seeds lies within three of the stated deviations or 2 %, whichever is wider.  The
 original's runs were all judged with one draw of held-out noise (4 levels an image) and one set of 1,000 latents, ours
 with 16 times as many levels and five sets.  The stated deviation of an accuracy is that between runs on that one set;
-which set it is moves the accuracies of all runs together, by 0.010 (16 sets, one run of VE-FDM), and that is allowed for
-here.  By the stated deviation alone VE-FDM's accuracy fails.
+which set it is moves the accuracies of all runs together, by 0.011 (20 sets, two runs each of VE-FDM and VP-FDM), and that is
+allowed for here.  By the stated deviation alone, which is that of two runs, VE-FDM's accuracy fails; the README has what
+PyTorch gives when judged on the same sets.
 """
 
 import os
@@ -44,7 +45,7 @@ STEPS = (312, 624, 1250)  # the checkpoints nearest to 20k, 40k and 80k images
 SEEDS = (0, 1)
 SETS = 5  # of latents
 SAMPLES = 1000  # in each set
-OF_A_SET = 0.010  # deviation of an accuracy from set to set
+OF_A_SET = 0.011  # deviation of an accuracy from set to set
 RUNS = tiny.ROOT / "runs" / "fidelity"  # kept: the same command goes on where it was
 
 
