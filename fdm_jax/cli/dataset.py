@@ -18,9 +18,9 @@ import json
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fdm_jax.cli.places import path_argument
 from fdm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,13 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub = actions.add_parser(name, help=text[0].lower() + text[1:], description=text + ".")
         sub.set_defaults(act=run)
         sub.add_argument(
-            "--data_dir", "--data-dir", type=Path, metavar="DIR", help="of named data sets (default: the user's cache)"
+            "--data_dir",
+            "--data-dir",
+            type=path_argument,
+            metavar="DIR",
+            help="of named data sets (default: the user's cache)",
         )
         return sub
 
     sub = action("prepare", prepare, "Turn a data set as it comes into one that is fast to read")
     sub.add_argument("name", choices=ORIGINALS, metavar="NAME", help=", ".join(ORIGINALS))
-    sub.add_argument("--source", required=True, type=Path, metavar="PATH", help="an archive or a folder")
+    sub.add_argument("--source", required=True, type=path_argument, metavar="PATH", help="an archive or a folder")
     sub.add_argument(
         "--name", dest="config", metavar="WORD", help="calls a folder, zip or mnist (default: as its source)"
     )
@@ -75,11 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     sub = action("stats", stats, "Count classes, measure mean, deviation and sigma_data, and draw a grid")
     reads(sub)
-    sub.add_argument("--out", type=Path, metavar="FILE.png", help="the grid of pictures")
+    sub.add_argument("--out", type=path_argument, metavar="FILE.png", help="the grid of pictures")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     sub = action("export", export, "Write a zip in EDM's layout, which the PyTorch original reads")
     reads(sub)
-    sub.add_argument("--out", required=True, type=Path, metavar="FILE.zip", help="a new file")
+    sub.add_argument("--out", required=True, type=path_argument, metavar="FILE.zip", help="a new file")
     sub = action("bench", bench, "Measure how fast batches are read: one JSON line per combination")
     reads(sub)
     sub.add_argument("--batch-size", default="256", metavar="N,...", help="default: %(default)s")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fdm_jax.cli.generate import parse_seeds
-from fdm_jax.cli.places import place_argument
+from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.sampling import (
     add_checkpoint_argument,
     add_sampling_arguments,
@@ -38,9 +38,11 @@ ACTIONS = ("inpaint", "vary", "colorise", "encode", "interpolate")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help=", ".join(ACTIONS))
     parser.add_argument("--workdir", required=True, type=place_argument, metavar="DIR", help="workdir of the run")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="the picture")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="of the model's size (not for interpolate)")
-    parser.add_argument("--mask", type=Path, metavar="FILE", help="for inpaint: white where pixels are to be made")
+    parser.add_argument("--out", required=True, type=path_argument, metavar="FILE.png", help="the picture")
+    parser.add_argument("--image", type=path_argument, metavar="FILE", help="of the model's size (not for interpolate)")
+    parser.add_argument(
+        "--mask", type=path_argument, metavar="FILE", help="for inpaint: white where pixels are to be made"
+    )
     parser.add_argument(
         "--resample", type=int, default=1, metavar="N", help="for inpaint: go over each step N times (default: 1)"
     )

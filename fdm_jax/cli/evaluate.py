@@ -31,7 +31,7 @@ import numpy as np
 
 from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
 from fdm_jax.cli.images import Images, existing_images, generated_images
-from fdm_jax.cli.places import place_argument
+from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.sampling import add_checkpoint_argument, add_sampling_arguments
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import make_folder, remove_folder, save_npz, write_whole
@@ -79,19 +79,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-features", action="store_true", help="for kernel distance, precision and recall; a larger file"
     )
     sub.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
-    sub.add_argument("--out", required=True, type=Path, metavar="STATS.npz", help="the file")
+    sub.add_argument("--out", required=True, type=path_argument, metavar="STATS.npz", help="the file")
 
     sub = actions.add_parser("fit-classifier", help="train a small classifier on a data set, for its features")
     sub.set_defaults(act=fit_classifier)
     _add_data_arguments(sub)
     sub.add_argument("--steps", type=int, default=1500, metavar="N", help="of training (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    sub.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors", help="the classifier")
+    sub.add_argument("--out", required=True, type=path_argument, metavar="FILE.safetensors", help="the classifier")
 
     sub = actions.add_parser("convert-inception", help="rewrite pytorch-fid's weights so that torch is not needed")
     sub.set_defaults(act=convert_inception)
-    sub.add_argument("--source", required=True, type=Path, metavar="FILE.pth", help="pt_inception-2015-12-05-*.pth")
-    sub.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors", help="the same weights")
+    sub.add_argument(
+        "--source", required=True, type=path_argument, metavar="FILE.pth", help="pt_inception-2015-12-05-*.pth"
+    )
+    sub.add_argument("--out", required=True, type=path_argument, metavar="FILE.safetensors", help="the same weights")
 
 
 def add_extractor_arguments(parser: argparse.ArgumentParser, default: str) -> None:
@@ -103,7 +105,7 @@ def add_extractor_arguments(parser: argparse.ArgumentParser, default: str) -> No
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="NAME", help="a data set's name or path")
     parser.add_argument("--split", default="train", help="default: %(default)s")
-    parser.add_argument("--data_dir", "--data-dir", type=Path, metavar="DIR", help="of named data sets")
+    parser.add_argument("--data_dir", "--data-dir", type=path_argument, metavar="DIR", help="of named data sets")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,9 +10,8 @@ torch; the original's SongUNet loads it with strict=True.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from fdm_jax.cli.places import place_argument
+from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.sampling import add_checkpoint_argument
 
 HELP = "write a model for PyTorch users"
@@ -23,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("safetensors", "torch"), default="safetensors", help="default: %(default)s"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new file, .safetensors or .pt")
+    parser.add_argument(
+        "--out", required=True, type=path_argument, metavar="FILE", help="a new file, .safetensors or .pt"
+    )
     add_checkpoint_argument(parser)
 
 

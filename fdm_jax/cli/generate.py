@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
-from fdm_jax.cli.places import place_argument
+from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.sampling import (
     add_checkpoint_argument,
     add_sampling_arguments,
@@ -37,7 +37,7 @@ HELP = "generate images with a trained model"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, type=place_argument, metavar="DIR", help="workdir of the run")
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="PATH", help="a folder, or a file ending in .png or .npz"
+        "--out", required=True, type=path_argument, metavar="PATH", help="a folder, or a file ending in .png or .npz"
     )
     parser.add_argument("--seeds", default="0-63", help="such as 0-63 or 1,2,5-9 (default: %(default)s)")
     parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")

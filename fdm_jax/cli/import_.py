@@ -10,15 +10,16 @@ A new run starts from an import with `fdm train --init_from=DIR`.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from fdm_jax.cli.places import place_argument
+from fdm_jax.cli.places import path_argument, place_argument
 
 HELP = "turn a PyTorch snapshot, or an export, into a workdir"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="network-snapshot-*.pkl, *.safetensors or *.pt")
+    parser.add_argument(
+        "file", type=path_argument, metavar="FILE", help="network-snapshot-*.pkl, *.safetensors or *.pt"
+    )
     parser.add_argument("--workdir", required=True, type=place_argument, metavar="DIR", help="a new workdir")
 
 

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fdm_jax.cli.places import place_argument
+from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.sampling import add_checkpoint_argument
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import resolved
@@ -43,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     add_checkpoint_argument(parser)
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the file of results (default: likelihood-SPLIT.jsonl in the workdir)"
+        "--out",
+        type=path_argument,
+        metavar="FILE",
+        help="the file of results (default: likelihood-SPLIT.jsonl in the workdir)",
     )
 
 

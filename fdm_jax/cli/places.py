@@ -9,8 +9,16 @@ from fdm_jax.errors import UserError
 from fdm_jax.whole_files import place
 
 
+def path_argument(text: str) -> Path:
+    """A local path, for argparse.  An empty one would be the current folder: an unset variable of a shell."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty; if it is a variable of the shell, it is not set.")
+    return Path(text)
+
+
 def place_argument(text: str) -> Path:
     """A local path or one that begins with gs://; for argparse, which would keep the sentence of a UserError to itself."""
+    path_argument(text)
     try:
         return place(text)
     except UserError as error:

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fdm_jax.cli.places import path_argument
 from fdm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fdm_jax.cli.config import add_config_argument
 
     add_config_argument(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the trace and the tables")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="for the trace and the tables")
     parser.add_argument("--what", default="train", metavar="NAME", help="train, loop or sample (default: %(default)s)")
     parser.add_argument("--steps", type=int, metavar="N", help="train steps, or samplings (default: 5, of the loop 50)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="over all devices (default: the configuration's)")

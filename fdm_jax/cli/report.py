@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdm_jax.cli.places import place_argument
+from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import is_remote, resolved, write_whole
 
@@ -40,9 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="workdir of a run; once for each",
     )
     parser.add_argument(
-        "--sweep", action="append", default=[], type=Path, metavar="DIR", help="a folder that `fdm sweep` made; repeatable"
-    )  # fmt: skip
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.html", help="the page")
+        "--sweep",
+        action="append",
+        default=[],
+        type=path_argument,
+        metavar="DIR",
+        help="a folder that `fdm sweep` made; repeatable",
+    )
+    parser.add_argument("--out", required=True, type=path_argument, metavar="FILE.html", help="the page")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fdm_jax.cli.generate import parse_seeds
-from fdm_jax.cli.places import place_argument
+from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.sampling import (
     Loaded,
     add_checkpoint_argument,
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fdm_jax.cli.evaluate import add_extractor_arguments
 
     parser.add_argument("--workdir", required=True, type=place_argument, metavar="DIR", help="workdir of the run")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument("--out", required=True, type=path_argument, metavar="DIR", help="folder of the results")
     parser.add_argument("--solvers", default="heun,euler,dpmpp-2m,unipc-2,deis-3", help="default: %(default)s")
     parser.add_argument("--grids", default="edm", help="edm, log-snr, vp-uniform, vp-quadratic (default: %(default)s)")
     parser.add_argument("--nfe", default="5,9,17,35", help="at most so many evaluations (default: %(default)s)")

@@ -54,6 +54,21 @@ def test_unknown_recipe_and_file(capsys, tmp_path):
         assert sentence in refused(capsys, ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"])
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config=configs/edm.py:digits", "--workdir="],
+        ["generate", "--workdir", "", "--seeds=0", "--out=x.png"],
+        ["generate", "--workdir=runs/x", "--seeds=0", "--out="],
+        ["dataset", "stats", "digits", "--out="],
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and "the path is empty" in capsys.readouterr().err
+
+
 def test_unknown_argument_is_an_argparse_error(capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         main(tiny.arguments(tmp_path / "run", "--wrkdir=3"))
