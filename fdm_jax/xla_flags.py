@@ -1,4 +1,4 @@
-"""Flags of XLA's that a release of jaxlib needs to be as fast as the others."""
+"""Flags of XLA's: one that a release of jaxlib needs to be as fast as the others, one that a trace of a GPU needs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 # The one release whose convolutions on CPUs are slow, and the last for Python 3.11.
 SLOW_CONVOLUTIONS = "0.10.2"
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer"
 
 
 def avoid_slow_convolutions() -> bool:
@@ -25,4 +26,19 @@ def avoid_slow_convolutions() -> bool:
     if importlib.metadata.version("jaxlib") != SLOW_CONVOLUTIONS or accelerator or FLAG in flags:
         return False
     os.environ["XLA_FLAGS"] = f"{flags} {FLAG}=-individual_convolution".strip()
+    return True
+
+
+def launch_operations_singly() -> bool:
+    """Have XLA launch each operation by itself on NVIDIA's GPUs, so that a trace can name it; returns whether it will.
+
+    XLA records most of a program as CUDA graphs ("command buffers") and launches these, and a trace then knows a graph's
+    name only, not those of the operations in it (openxla/xprof issues 2544 and 3070).  As with the other flag: call it
+    before JAX starts, a choice that was made already stays, and nothing is set where it would do nothing.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    if COMMAND_BUFFERS in flags or not any(plugin.name.startswith("xla_cuda") for plugin in plugins):
+        return False
+    os.environ["XLA_FLAGS"] = f"{flags} {COMMAND_BUFFERS}=".strip()
     return True

@@ -1,4 +1,4 @@
-"""The release of jaxlib with slow convolutions on CPUs gets its flag, and nothing else does."""
+"""The release of jaxlib with slow convolutions on CPUs gets its flag, traces of GPUs theirs, and nothing else does."""
 
 import importlib.metadata
 import importlib.util
@@ -8,7 +8,13 @@ import sys
 
 import pytest
 
-from fdm_jax.xla_flags import FLAG, SLOW_CONVOLUTIONS, avoid_slow_convolutions
+from fdm_jax.xla_flags import (
+    COMMAND_BUFFERS,
+    FLAG,
+    SLOW_CONVOLUTIONS,
+    avoid_slow_convolutions,
+    launch_operations_singly,
+)
 
 PROGRAM = """
 import sys
@@ -73,3 +79,42 @@ def test_xla_takes_the_flag(monkeypatch):
         pytest.skip("XLA uses no YNNPACK on this machine")
     avoided, used = run("avoid")
     assert used == "0" or avoided == "0"  # "0": an accelerator's plugin is installed
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    """plugins(name, ...): pretends that plugins of these names are installed, and none else."""
+
+    def pretend(*names):
+        points = [importlib.metadata.EntryPoint(name, f"jax_plugins.{name}", "jax_plugins") for name in names]
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points if group == "jax_plugins" else [])
+
+    return pretend
+
+
+@pytest.mark.parametrize("name", ["xla_cuda12", "xla_cuda13"])
+def test_traces_of_gpus_name_operations(monkeypatch, plugins, name):
+    plugins("other", name)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=d")
+    assert launch_operations_singly()
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=d {COMMAND_BUFFERS}="
+    assert not launch_operations_singly()
+
+
+def test_traces_of_others_and_of_those_who_chose(monkeypatch, plugins):
+    plugins("other")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert not launch_operations_singly()
+    assert "XLA_FLAGS" not in os.environ
+    plugins("xla_cuda13")
+    monkeypatch.setenv("XLA_FLAGS", f"{COMMAND_BUFFERS}=FUSION")
+    assert not launch_operations_singly()
+    assert os.environ["XLA_FLAGS"] == f"{COMMAND_BUFFERS}=FUSION"
+
+
+def test_xla_knows_the_flag_of_traces():
+    """An unknown flag would end the process; an empty list of what to record is one that XLA takes."""
+    program = "import jax; print(jax.jit(lambda x: x + 1)(1))"
+    environment = {**os.environ, "XLA_FLAGS": f"{COMMAND_BUFFERS}=", "JAX_PLATFORMS": "cpu"}
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert found.stdout.strip() == "2", found.stderr
