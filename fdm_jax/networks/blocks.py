@@ -45,6 +45,9 @@ class GroupNorm(nn.Module):
     mean(x^2) - mean^2: its error, 2^-24 of mean^2, is far below what their rounding has put into x already (2^-9 of
     it), and both sums are then taken in one pass, which XLA on TPUs joins to the convolution that makes x.
 
+    A shift of each channel may come with x.  It is added in float32, and here: before, XLA on GPUs would spread it over
+    all pixels in memory, for the convolution that makes x to add it.
+
     Attributes:
       num_groups: of consecutive channels.
       dtype: of the result.
@@ -54,7 +57,8 @@ class GroupNorm(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
+        """x [B, H, W, C], shift [B, C] float32 or None -> [B, H, W, C]."""
         B, H, W, C = x.shape
         scale = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
@@ -66,6 +70,8 @@ class GroupNorm(nn.Module):
 
         one_pass = x.dtype == jnp.bfloat16
         x = x.astype(jnp.float32)
+        if shift is not None:
+            x = x + shift[:, None, None, :]
         centre = mean(x)
         variance = (
             jnp.maximum(mean(jnp.square(x)) - jnp.square(centre), 0) if one_pass else mean(jnp.square(x - centre))
@@ -234,8 +240,7 @@ class UNetBlock(nn.Module):
         resampled = {"resample": self.resample, "resample_filter": self.resample_filter, "dtype": self.dtype}
         h = Conv(self.features, 3, **resampled, name="conv0")(nn.silu(group_norm(x.shape[-1], self.dtype, "norm0")(x)))
         shift = nn.Dense(self.features, kernel_init=xavier_uniform(), name="affine")(emb)
-        h = h + shift.astype(self.dtype)[:, None, None, :]
-        h = nn.silu(group_norm(self.features, self.dtype, "norm1")(h))
+        h = nn.silu(group_norm(self.features, self.dtype, "norm1")(h, shift))
         if self.dropout > 0 and dropout_keys is not None:
             h = dropout(h, self.dropout, dropout_keys)
         h = Conv(self.features, 3, init_scale=1e-5, dtype=self.dtype, name="conv1")(h)
