@@ -148,8 +148,9 @@ class Checkpoints:
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that can be read: (state, meta), or None if there is no checkpoint at all.
 
-        One that cannot be read is said so in the log and moved out of the way, to ``damaged/`` beside it (on gs://,
-        beside the folder of checkpoints).
+        Newer ones that cannot be read are said so in the log and moved out of the way, to ``damaged/`` beside it (on
+        gs://, beside the folder of checkpoints).  Where none can be read, the cause is more likely to be elsewhere
+        (memory, permissions, other releases of packages), and all of them stay.
 
         Args:
           like: shapes, types and shardings to restore to.
@@ -157,7 +158,7 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none can be read.
         """
-        steps = self.steps()
+        steps, unreadable = self.steps(), dict[int, str]()
         model, train = _split(like)
         for step in reversed(steps):
             try:
@@ -172,12 +173,16 @@ class Checkpoints:
                 self._check_types(parts["model"], model)
                 self._check_types(parts["train"], train)
             except Exception as error:
-                self._set_aside(step, error)
+                unreadable[step] = " ".join(str(error).split())[:200]
+                log.warning("The checkpoint of step %d is damaged (%s); trying the one before.", step, unreadable[step])
                 continue
+            if unreadable and not self._read_only:
+                self._set_aside(list(unreadable))
             return flax.serialization.from_state_dict(like, {**parts["model"], **parts["train"]}), parts["meta"]
         if steps:
             raise UserError(
-                f"None of the {len(steps)} checkpoints in {self._directory} can be read: start again in an empty workdir."
+                f"None of the {len(steps)} checkpoints in {self._directory} can be read ({unreadable[steps[-1]]}): all are "
+                "left as they are; mend the cause, or start again with another --workdir."
             )
         return None
 
@@ -227,19 +232,17 @@ class Checkpoints:
 
         jax.tree.map(check, found, wanted)
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        reason = " ".join(str(error).split())[:200]
-        log.warning("The checkpoint of step %d is damaged (%s); going back to the one before.", step, reason)
-        if self._read_only:
-            return
+    def _set_aside(self, steps: list[int]) -> None:
+        """Move checkpoints that cannot be read out of the way."""
         if jax.process_index() == 0:
             # Not among the checkpoints on gs://, where Orbax takes a folder without its mark for a save that was cut off.
             beside = self._directory.parent if is_remote(self._directory) else self._directory
-            target = beside / "damaged" / str(step)
-            if target.exists():
-                remove_folder(target)
-            move_folder(self._directory / str(step), target)
-        multihost_utils.sync_global_devices(f"checkpoint {step} set aside")  # which all of them found damaged
+            for step in steps:
+                target = beside / "damaged" / str(step)
+                if target.exists():
+                    remove_folder(target)
+                move_folder(self._directory / str(step), target)
+        multihost_utils.sync_global_devices(f"checkpoints {steps} set aside")  # which all of them found damaged
         self._manager.reload()
 
 

@@ -1,5 +1,6 @@
 """A run that is stopped, killed or damaged and started again equals one that was not, bit for bit."""
 
+import shutil
 import signal
 import time
 
@@ -145,14 +146,32 @@ def test_sigterm_saves_and_exits_with_0(straight_run, data_dir, tmp_path):
     assert rows(workdir)[-1]["step"] == saved + 3
 
 
+def damage(checkpoint):
+    """Cut the files of its "train" part to half of their length."""
+    for path in (checkpoint / "train").rglob("*"):
+        if path.is_file() and path.stat().st_size > 4:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def test_damaged_checkpoint_falls_back_to_the_one_before(straight_run, data_dir, tmp_path, caplog):
     workdir = tmp_path / "run"
     assert main(tiny.arguments(workdir, data_dir, "--config.train.images=256")) == 0
-    files = [p for p in (workdir / "checkpoints" / "16").rglob("*") if p.is_file() and p.stat().st_size > 4]
-    for path in files:
-        if "train" in path.parts:
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    damage(workdir / "checkpoints" / "16")
     assert main(tiny.arguments(workdir, data_dir)) == 0
     assert "checkpoint of step 16 is damaged" in caplog.text
     assert (workdir / "checkpoints" / "damaged" / "16").is_dir()
     assert_same_end(workdir, straight_run, 20)
+
+
+def test_where_none_can_be_read_none_is_moved(straight_run, data_dir, tmp_path, capsys):
+    """It may well not be they that are at fault: the device's memory, say, is in use."""
+    workdir = tmp_path / "run"
+    shutil.copytree(straight_run, workdir)
+    for step in (8, 12, 16, 20):
+        damage(workdir / "checkpoints" / str(step))
+    before = {path: path.stat().st_size for path in (workdir / "checkpoints").rglob("*")}
+    assert main(tiny.arguments(workdir, data_dir, "--config.train.images=384")) == 2
+    said = capsys.readouterr().err
+    assert f"None of the 4 checkpoints in {workdir / 'checkpoints'} can be read (" in said
+    assert "all are left as they are; mend the cause, or start again with another --workdir." in said
+    assert {path: path.stat().st_size for path in (workdir / "checkpoints").rglob("*")} == before
