@@ -41,12 +41,12 @@ class GroupNorm(nn.Module):
     Sums over pixels before it sums over the channels of a group: the other way round, as Flax has it, XLA's programs for
     CPUs cannot fill a vector, and norm and silu take twice the time.
 
-    The variance of float32 values is the mean of (x - mean)^2, which small inputs need.  That of bfloat16 values is
-    mean(x^2) - mean^2: its error, 2^-24 of mean^2, is far below what their rounding has put into x already (2^-9 of
-    it), and both sums are then taken in one pass, which XLA on TPUs joins to the convolution that makes x.
+    The variance of float32 values is the mean of (x - mean)^2, which small inputs need.  That of bfloat16 values is, of
+    each channel, mean(x^2) - mean^2: its error, 2^-24 of mean^2, is far below what their rounding has put into x already
+    (2^-9 of it), and both sums are then taken in one pass, which XLA on TPUs joins to the convolution that makes x.
 
-    A shift of each channel may come with x.  It is added in float32, and here: before, XLA on GPUs would spread it over
-    all pixels in memory, for the convolution that makes x to add it.
+    With a shift, which is one number for all pixels of a channel, x + shift is normalised and never computed: only the
+    channel's mean changes.  (Added to x, XLA on GPUs would spread it over all pixels in memory first.)
 
     Attributes:
       num_groups: of consecutive channels.
@@ -63,20 +63,25 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
 
-        def mean(values: jax.Array) -> jax.Array:
-            """Of each group, for each of its channels: [B, 1, 1, C]."""
-            groups = jnp.mean(values, axis=(1, 2)).reshape(B, self.num_groups, C // self.num_groups).mean(axis=-1)
-            return jnp.repeat(groups, C // self.num_groups, axis=-1)[:, None, None, :]
+        def of_pixels(values: jax.Array) -> jax.Array:
+            """Mean of each channel: [B, H, W, C] -> [B, C]."""
+            return jnp.mean(values, axis=(1, 2))
+
+        def of_group(values: jax.Array) -> jax.Array:
+            """Mean over each channel's group: [B, C] -> [B, C]."""
+            groups = values.reshape(B, self.num_groups, C // self.num_groups).mean(axis=-1)
+            return jnp.repeat(groups, C // self.num_groups, axis=-1)
 
         one_pass = x.dtype == jnp.bfloat16
         x = x.astype(jnp.float32)
-        if shift is not None:
-            x = x + shift[:, None, None, :]
-        centre = mean(x)
-        variance = (
-            jnp.maximum(mean(jnp.square(x)) - jnp.square(centre), 0) if one_pass else mean(jnp.square(x - centre))
-        )
-        return ((x - centre) * (jax.lax.rsqrt(variance + EPSILON) * scale) + bias).astype(self.dtype)
+        own = of_pixels(x)
+        centre = of_group(own) if shift is None else of_group(own + shift) - shift  # of the group, in the channel's x
+        if one_pass:
+            variance = of_group(jnp.maximum(of_pixels(jnp.square(x)) - jnp.square(own), 0) + jnp.square(own - centre))
+        else:
+            variance = of_group(of_pixels(jnp.square(x - centre[:, None, None, :])))
+        factor = jax.lax.rsqrt(variance + EPSILON) * scale
+        return ((x - centre[:, None, None, :]) * factor[:, None, None, :] + bias).astype(self.dtype)
 
 
 class Conv(nn.Module):
