@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import time
 
 import pytest
@@ -188,17 +189,38 @@ def test_code_2_is_not_restarted(local):
     assert "not started again: code 2 is something to mend first." in done.stderr
 
 
+@pytest.fixture
+def hang_ups():
+    """hang_ups(how): what becomes of a hang-up in programs that are started from here; under nohup, nothing."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda how: signal.signal(signal.SIGHUP, how)
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
     ("signum", "received", "code"),
     [(signal.SIGTERM, "SIGTERM", 75), (signal.SIGINT, "SIGINT", 0), (signal.SIGHUP, "SIGTERM", 75)],
 )
-def test_signals_are_passed_on(local, signum, received, code):
+def test_signals_are_passed_on(local, hang_ups, signum, received, code):
+    hang_ups(signal.SIG_DFL)
     launcher = local.start("local", "--processes=2", *local.fast, "--", "train", "0:sleep=30", "1:sleep=30")
     wait_for(local.folder / "ready-0-0", local.folder / "ready-1-0")
     launcher.send_signal(signum)
     _, errors = launcher.communicate(timeout=20)
     assert launcher.returncode == code and local.signals(0) == local.signals(1) == [received]
     assert local.starts() == 1 and "again" not in errors
+
+
+def test_under_nohup_a_hang_up_is_nothing(local, hang_ups):
+    hang_ups(signal.SIG_IGN)
+    launcher = local.start("local", "--processes=2", *local.fast, "--", "train", "0:sleep=30", "1:sleep=30")
+    wait_for(local.folder / "ready-0-0", local.folder / "ready-1-0")
+    launcher.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        launcher.wait(timeout=1)
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=20)
+    assert launcher.returncode == 75 and local.signals(0) == local.signals(1) == ["SIGTERM"]
 
 
 def test_a_signal_ends_the_wait_before_a_restart(local):
