@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 # Before JAX starts: devices for the sharding tests, and no LLVM optimisation, which takes longer than it saves here.
 # Flags from outside come last and win.
@@ -49,3 +50,15 @@ def store():
         for name, value in object_store.environment(running).items():
             patch.setenv(name, value)
         yield running
+
+
+@pytest.fixture
+def handled_by():
+    """handled_by(signum, how): until the end of the test, and in the programs that it starts.
+
+    For tests of Ctrl-C and hang-ups: in the background of a script, or under nohup, all would be ignoring them.
+    """
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)}
+    yield signal.signal
+    for signum, how in before.items():
+        signal.signal(signum, how)

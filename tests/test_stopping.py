@@ -62,7 +62,8 @@ def test_no_server_is_no_harm(monkeypatch, caplog):
     assert "will come as SIGTERM" in caplog.text
 
 
-def test_the_second_signal_acts_as_usual():
+def test_the_second_signal_acts_as_usual(handled_by):
+    handled_by(signal.SIGINT, signal.default_int_handler)
     with stopping.stop_requests() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.after(1) and stop.signals == ["SIGINT"]

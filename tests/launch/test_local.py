@@ -189,20 +189,12 @@ def test_code_2_is_not_restarted(local):
     assert "not started again: code 2 is something to mend first." in done.stderr
 
 
-@pytest.fixture
-def hang_ups():
-    """hang_ups(how): what becomes of a hang-up in programs that are started from here; under nohup, nothing."""
-    before = signal.getsignal(signal.SIGHUP)
-    yield lambda how: signal.signal(signal.SIGHUP, how)
-    signal.signal(signal.SIGHUP, before)
-
-
 @pytest.mark.parametrize(
     ("signum", "received", "code"),
     [(signal.SIGTERM, "SIGTERM", 75), (signal.SIGINT, "SIGINT", 0), (signal.SIGHUP, "SIGTERM", 75)],
 )
-def test_signals_are_passed_on(local, hang_ups, signum, received, code):
-    hang_ups(signal.SIG_DFL)
+def test_signals_are_passed_on(local, handled_by, signum, received, code):
+    handled_by(signum, signal.SIG_DFL)
     launcher = local.start("local", "--processes=2", *local.fast, "--", "train", "0:sleep=30", "1:sleep=30")
     wait_for(local.folder / "ready-0-0", local.folder / "ready-1-0")
     launcher.send_signal(signum)
@@ -211,8 +203,8 @@ def test_signals_are_passed_on(local, hang_ups, signum, received, code):
     assert local.starts() == 1 and "again" not in errors
 
 
-def test_under_nohup_a_hang_up_is_nothing(local, hang_ups):
-    hang_ups(signal.SIG_IGN)
+def test_under_nohup_a_hang_up_is_nothing(local, handled_by):
+    handled_by(signal.SIGHUP, signal.SIG_IGN)
     launcher = local.start("local", "--processes=2", *local.fast, "--", "train", "0:sleep=30", "1:sleep=30")
     wait_for(local.folder / "ready-0-0", local.folder / "ready-1-0")
     launcher.send_signal(signal.SIGHUP)

@@ -324,8 +324,9 @@ def test_a_users_error_is_not_restarted(pod):
     assert pod.train(deeds=["done"]).returncode == 0 and len(pod.starts()) == 2
 
 
-def test_watching_again(pod):
+def test_watching_again(pod, handled_by):
     """Ctrl-C leaves the run alone, and the same command finds it; another command is refused."""
+    handled_by(signal.SIGINT, signal.default_int_handler)
     pod.deeds("wait")
     watcher = pod.start("tpu", "train", *SLICE, "--poll=0.2", *TRAIN)
     while "start 1 of worker-0" not in watcher.stdout.readline():
