@@ -7,7 +7,8 @@
 #   stop SECONDS            SIGTERM, which saves, then wait so long for the end
 #   kill                    SIGKILL
 #
-# State is kept in ~/fdm_run: log, pid, exit (code of the last run), key and commit.
+# State is kept in ~/fdm_run: log, pid (of fdm), supervisor (the process that waits for it), exit (code of the last run),
+# key and commit.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -17,12 +18,16 @@ mkdir -p "$state"
 
 note() { cat "$state/$1" 2> /dev/null || echo -; }
 
+alive() { # FILE WORD: the process whose number is in the file; the word tells it from others
+  local pid
+  pid=$(note "$1")
+  # A number may have been given away again after a reboot.
+  kill -0 "$pid" 2> /dev/null && tr '\0' ' ' < "/proc/$pid/cmdline" | grep -q "$2"
+}
+
 running() {
   [ -e "$state/pid" ] && [ ! -e "$state/exit" ] || return 1
-  local pid
-  pid=$(note pid)
-  # A number may have been given away again after a reboot.
-  kill -0 "$pid" 2> /dev/null && tr '\0' ' ' < "/proc/$pid/cmdline" | grep -q fdm
+  alive pid fdm || alive supervisor supervise # which is about to write the exit code
 }
 
 await_end() { # SECONDS
@@ -71,7 +76,7 @@ case $1 in
       echo "A run is under way on $(hostname) already." >&2
       exit 1
     fi
-    rm -f "$state/pid" "$state/exit"
+    rm -f "$state/pid" "$state/supervisor" "$state/exit"
     echo "$key" > "$state/key"
     setsid nohup bash "$script" supervise "$@" >> "$state/log" 2>&1 < /dev/null &
     for _ in {1..100}; do
@@ -83,6 +88,7 @@ case $1 in
   supervise)
     shift
     cd "$repository"
+    echo $$ > "$state/supervisor"
     .venv/bin/fdm "$@" &
     echo $! > "$state/pid"
     code=0

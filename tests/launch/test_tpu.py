@@ -324,6 +324,18 @@ def test_a_users_error_is_not_restarted(pod):
     assert pod.train(deeds=["done"]).returncode == 0 and len(pod.starts()) == 2
 
 
+def test_an_exit_code_that_is_still_to_be_written_is_waited_for(pod):
+    pod.program("mv", "import subprocess, sys, time; time.sleep(0.5); subprocess.run(['/bin/mv', *sys.argv[1:]])")
+    pod.deeds("wait")
+    watcher = pod.start("tpu", "train", *SLICE, "--poll=0.2", *TRAIN)
+    while "start 1 of worker-0" not in watcher.stdout.readline():
+        assert watcher.poll() is None
+    watcher.kill()
+    watcher.communicate(timeout=20)
+    stopped = pod.run("tpu", "stop", *SLICE).stdout
+    assert stopped.count(" exit=75 ") == 2
+
+
 def test_watching_again(pod, handled_by):
     """Ctrl-C leaves the run alone, and the same command finds it; another command is refused."""
     handled_by(signal.SIGINT, signal.default_int_handler)
