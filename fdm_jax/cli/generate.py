@@ -22,6 +22,7 @@ import numpy as np
 
 from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
 from fdm_jax.cli.places import path_argument, place_argument
+from fdm_jax.cli.record import SETTINGS, read_settings
 from fdm_jax.cli.sampling import (
     add_checkpoint_argument,
     add_sampling_arguments,
@@ -30,6 +31,7 @@ from fdm_jax.cli.sampling import (
     make_sampler,
 )
 from fdm_jax.errors import UserError
+from fdm_jax.whole_files import write_text
 
 HELP = "generate images with a trained model"
 
@@ -137,22 +139,27 @@ class _Output:
         self.folder = path if path.suffix == "" else path.with_name(f"{path.name}.parts")
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Make the folder, unless it holds images of other settings."""
+        """Make the folder.
+
+        Raises:
+          UserError: it holds images of other settings, or of which nobody knows how they were made.
+        """
         path = self.path
-        record = self.folder / "settings.json"
-        if record.exists():
-            before = json.loads(record.read_text())
-            if before != settings:
-                if self.folder != path:
-                    shutil.rmtree(self.folder)  # ours, and of another request
-                else:
+        try:
+            before = read_settings(self.folder)
+            if before is None and any(self.folder.glob("*.png")):
+                raise UserError(
+                    f"{self.folder} holds pictures that fdm generate did not make: delete it, or give another --out."
+                )
+            if before is not None and before != settings:
+                if self.folder == path:
                     different = ", ".join(sorted(k for k in settings if before.get(k) != settings[k]))
                     raise UserError(
                         f"{path} holds images made with another {different}: delete it, or give another --out."
                     )
-        try:
+                shutil.rmtree(self.folder)  # ours, and of another request
             self.folder.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(settings, indent=1))
+            write_text(self.folder / SETTINGS, json.dumps(settings, indent=1))
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise UserError(f"--out {path} cannot be written: {error.strerror}.") from error
 

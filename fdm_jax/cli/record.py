@@ -1,4 +1,4 @@
-"""Results that arrive one after the other, in a file from which the same command goes on."""
+"""Results that arrive one after the other, in a file or folder from which the same command goes on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,26 @@ from typing import Any
 
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import append_text, make_folder, write_text
+
+SETTINGS = "settings.json"
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """What the results in a folder depend on, as its ``settings.json`` says; None without one.
+
+    Raises:
+      UserError: the file is another program's.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        return None
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is there already and holds no settings of results: give another --out.")
+    return settings
 
 
 class Record:

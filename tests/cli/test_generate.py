@@ -74,6 +74,23 @@ def test_other_settings_are_not_mixed_into_a_folder(folder, straight_run, capsys
     assert "made with another class" in capsys.readouterr().err
 
 
+def test_pictures_of_others_are_not_taken_for_ours(straight_run, tmp_path, capsys):
+    """A data set, say, whose files have the names that seeds would have."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "000000.png").write_bytes(b"mine")
+    assert generate(straight_run, out) == 2
+    assert f"{out} holds pictures that fdm generate did not make" in capsys.readouterr().err
+    assert (out / "000000.png").read_bytes() == b"mine" and len(list(out.iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\udcff"])
+def test_a_file_of_another_program_in_the_place_of_the_settings(straight_run, tmp_path, capsys, text):
+    (tmp_path / "settings.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert generate(straight_run, tmp_path) == 2
+    assert "settings.json is there already and holds no settings of results: give another" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments,sentence",
     [
