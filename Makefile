@@ -17,7 +17,7 @@ python = .venv/bin/python
 slow = --timeout=14400
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-all demo fidelity lock clean distclean check-python
+.PHONY: help install lint test test-all test-device demo fidelity lock clean distclean check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ test: lint ## ruff, mypy and the tests
 
 test-all: lint ## the same with the slow tests
 	$(python) -m pytest -m "" $(slow) $(PYTEST_ARGS)
+
+test-device: $(installed) ## golden numbers and more on this machine's GPU or TPU: with EXTRA
+	JAX_PLATFORMS= $(python) -m pytest -n 0 -m "device and not slow"
 
 demo: $(installed) ## train a small model on digits and sample from it, into demo_run
 	$(python) -m fdm_jax demo --workdir=demo_run

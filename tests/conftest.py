@@ -1,15 +1,23 @@
-"""Shared by all tests: eight host devices, the compile cache, golden files."""
+"""Shared by all tests: the devices, the compile cache, golden files.
 
+They run on the CPU as eight devices; `make test-device` runs those marked "device" on a GPU or TPU instead.
+"""
+
+import importlib.metadata
 import os
 import pathlib
 import signal
 
-# Before JAX starts: devices for the sharding tests, and no LLVM optimisation, which takes longer than it saves here.
-# Flags from outside come last and win.
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
-)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ON_CPU = os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu"
+if ON_CPU:
+    # Before JAX starts: devices for the sharding tests, and no LLVM optimisation, which takes longer than it saves here.
+    # Flags from outside come last and win.
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+    )
+elif any(plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.entry_points(group="jax_plugins")):
+    # Sums in a fixed order, for tests of equal bits.
+    os.environ["XLA_FLAGS"] = f"--xla_gpu_exclude_nondeterministic_ops=true {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import jax.experimental
@@ -26,6 +34,30 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+if not ON_CPU:
+    # Golden numbers are float32's; by default accelerators multiply with fewer digits (bfloat16, TF32).
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_configure():
+    if not ON_CPU and jax.default_backend() == "cpu":
+        raise pytest.UsageError("JAX finds no GPU or TPU here: give EXTRA=cuda12, cuda13 or tpu.")
+
+
+def pytest_collection_modifyitems(items):
+    """Golden numbers hold on every device."""
+    for item in items:
+        if item.name.startswith("test_golden"):
+            item.add_marker("device")
+
+
+def pytest_report_header():
+    return f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
+
+
+def needs_devices(count):
+    """A mark that skips a test where there are fewer devices."""
+    return pytest.mark.skipif(jax.device_count() < count, reason=f"needs {count} devices")
 
 
 @pytest.fixture(scope="session")

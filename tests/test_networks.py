@@ -50,6 +50,7 @@ def test_group_norm_is_that_of_flax(dtype):
         np.testing.assert_allclose(a, b, atol=(2e-2 if dtype == jnp.bfloat16 else 2e-5) * np.abs(b).max())
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("mean", [0.0, 30.0, 3000.0])
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
 def test_group_norm_of_bfloat16_against_float64(mean, spread):
@@ -65,6 +66,7 @@ def test_group_norm_of_bfloat16_against_float64(mean, spread):
     )
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("mean, tolerance", [(1.0, 1e-5), (1000.0, 1e-3)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_group_norm_of_shifted_values_against_float64(dtype, mean, tolerance):
@@ -300,6 +302,7 @@ def test_dropout_is_unbiased_in_bfloat16(rate):
     assert (x * y).sum() / (x * x).sum() * (1 - rate) == pytest.approx(1, abs=2e-4)
 
 
+@pytest.mark.device
 def test_hashed_bits_mix_place_and_words_as_murmur_does():
     def mix(h):
         h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
@@ -328,6 +331,7 @@ def test_hashed_bits_of_near_words_have_nothing_in_common():
         assert abs(sides.mean(axis=(1, 2, 3)) - 0.5).max() < bound * 1.2
 
 
+@pytest.mark.device
 def test_bfloat16_computes_close_to_float32(tiny_network):
     network, variables = tiny_network
     params = jax.tree.map(lambda p: p + 0.05, variables)

@@ -88,6 +88,7 @@ HEUN = {18: 0.527624637, 36: 0.506097092, 72: 0.501425626, 144: 0.500335723}
 EULER = {18: 0.423031436, 36: 0.460996216, 72: 0.480369490, 144: 0.490148229}
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("heun,expected", [(True, HEUN), (False, EULER)], ids=["heun", "euler"])
 def test_analytic_gaussian(heun, expected):
     for steps, value in expected.items():
@@ -141,6 +142,7 @@ def test_bad_grids():
         edm_sample(lambda x, s: x, jnp.ones((1, 1, 1, 1)), edm_sigmas(5), churn=Churn(S_churn=10))
 
 
+@pytest.mark.device
 def test_a_seed_means_the_same_in_any_company():
     alone = jnp.asarray([7], jnp.uint32)
     company = jnp.asarray([3, 7, 11], jnp.uint32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import enable_x64, nhwc
+from conftest import enable_x64, needs_devices, nhwc
 
 from fdm_jax.devices import make_mesh
 from fdm_jax.errors import UserError
@@ -141,11 +141,14 @@ def assert_same_run(run, reference, rtol=2e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), run[1].ema, reference[1].ema)
 
 
+@pytest.mark.device
+@needs_devices(8)
 def test_jit_over_eight_devices_equals_one(reference_run):
-    assert len(jax.devices()) >= 8
     assert_same_run(run(devices=8), reference_run)
 
 
+@pytest.mark.device
+@needs_devices(8)
 def test_pmap_over_eight_devices_equals_jit(reference_run):
     assert_same_run(run("pmap", devices=8), reference_run)
 
@@ -161,6 +164,8 @@ def test_steps_in_a_row(reference_run, mode):
     assert int(parallel.get_state(state).step) == 2
 
 
+@pytest.mark.device
+@needs_devices(4)
 def test_a_dealt_state_equals_a_whole_one(reference_run, monkeypatch):
     """fsdp: each device holds a quarter of every array that divides, before and after the step."""
     monkeypatch.setattr(parallel_module, "LEAST_DEALT", 16)
