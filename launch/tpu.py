@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
     if args.verb == "train":
         return dry_train(pod, command) if args.dry_run else Train(pod, command, args)()
     if args.verb == "setup":
-        return pod.setup()
+        return pod.setup(current_commit())
     if args.verb == "run":
         return pod.do(pod.start(command))
     if args.verb == "status":
@@ -162,11 +162,11 @@ class Pod:
             self.on_workers(f"{unpack} && bash {WORKER} install {commit}"),
         ]
 
-    def setup(self) -> int:
+    def setup(self, commit: str) -> int:
         """Do that; the exit code of the first step that fails."""
         if run(["git", "-C", str(REPOSITORY), "status", "--porcelain"], capture_output=True).stdout:
             say("what is not committed in this repository is not copied.")
-        for step in self.setup_commands(current_commit()):
+        for step in self.setup_commands(commit):
             if code := self.do(step):
                 return code
         return DONE
@@ -313,7 +313,7 @@ class Train:
             return DONE
         if not running and any(commit != self._commit for _, _, commit in workers):
             say(f"copying commit {self._commit[:12]} to {len(workers)} workers and installing: some minutes.")
-            return self._failed("the setup failed") if pod.setup() else None
+            return self._failed("the setup failed") if pod.setup(self._commit) else None
         if len(running) + codes.count(DONE) == len(workers):
             self._failures, self._seen_running = 0, True
             self._show_log(1)

@@ -85,7 +85,7 @@ else:
 """
 
 GIT = f"""
-import io, os, pathlib, sys, tarfile
+import io, os, pathlib, sys, tarfile, time
 arguments = sys.argv[3:]
 if arguments[0] == "rev-parse":
     print(os.environ.get("COMMIT", "{COMMIT}"))
@@ -269,6 +269,15 @@ def test_preemption(pod, late):
     assert pod.called("create")[0] == pod.called("create")[-1]
     assert done.stderr.count("the slice was preempted") == times
     assert "`tpu.py delete` gives it back" in done.stderr
+
+
+def test_a_run_keeps_the_commit_that_it_began_with(pod):
+    """Commits made while it is watched are for other runs: its workers are known by the commit."""
+    pod.program("git", GIT.replace(f'os.environ.get("COMMIT", "{COMMIT}")', 'f"{time.time_ns():040x}"'))
+    done = pod.train(deeds=["preempted", "done"])
+    assert done.returncode == 0 and len(pod.starts()) == 2
+    first, again = pod.called("scp")
+    assert first == again
 
 
 @pytest.mark.slow
