@@ -226,7 +226,8 @@ class Train:
     def __init__(self, pod: Pod, command: Sequence[str], args: argparse.Namespace):
         self._pod, self._command, self._args = pod, command, args
         self._key, self._commit = key_of(command), current_commit()
-        self._failures = 0  # of gcloud, in a row
+        # In a row: a look that works says nothing about the deeds, so those are counted by themselves.
+        self._failed_looks = self._failures = 0
         self._created = self._granted = False  # the slice: by this program, and now
         self._seen_running = self._ending = False  # the command
         self._said = ""
@@ -259,7 +260,9 @@ class Train:
         if failed and "NOT_FOUND" in error:
             return self._create()
         if failed:
-            return self._failed(error.strip())
+            self._failed_looks += 1
+            return self._give_up_after(self._failed_looks, error.strip().rstrip("."))
+        self._failed_looks = 0
         self._tell(f"the slice is {state}.")
         if state in GONE:
             return self._delete(state)
@@ -296,9 +299,12 @@ class Train:
     def _failed(self, what: str) -> int | None:
         """What may pass, and is tried again a number of times."""
         self._failures += 1
+        return self._give_up_after(self._failures, what)
+
+    def _give_up_after(self, failures: int, what: str) -> int | None:
         self._tell(f"{what}.")
-        if self._failures > FAILURES:
-            say(f"given up after {self._failures} failures in a row.")
+        if failures > FAILURES:
+            say(f"given up after {failures} failures in a row.")
             return 1
         return None
 

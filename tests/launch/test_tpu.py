@@ -70,8 +70,10 @@ elif (stage / "preempt").exists():
         pod.write_text('["SUSPENDED"]')
         print("SUSPENDED")
 elif verb == "describe":
-    print(state[0])
     pod.write_text(json.dumps(state[1:] or state))
+    if state[0] == "no answer":
+        leave("UNAVAILABLE: The service is currently unavailable.")
+    print(state[0])
 elif state[0] != "ACTIVE":
     leave("the TPU is not READY")
 else:
@@ -293,6 +295,18 @@ def test_a_slice_that_is_not_granted(pod):
     (pod.folder / "plays.json").write_text(json.dumps([["WAITING_FOR_RESOURCES", "FAILED"], ["SUSPENDED"]]))
     done = pod.train(deeds=["done"])
     assert done.returncode == 0 and len(pod.called("create")) == 3
+
+
+def test_gcloud_may_fail_now_and_then_in_a_long_wait(pod):
+    (pod.folder / "plays.json").write_text(json.dumps([["no answer", "WAITING_FOR_RESOURCES"] * 12 + ["ACTIVE"]]))
+    done = pod.train("--poll=0", deeds=["done"])
+    assert done.returncode == 0 and "UNAVAILABLE" in done.stderr, done.stderr
+
+
+def test_gcloud_that_keeps_failing_is_given_up(pod):
+    (pod.folder / "plays.json").write_text(json.dumps([["no answer"]]))
+    done = pod.train("--poll=0", deeds=["done"])
+    assert done.returncode == 1 and "given up after 11 failures in a row." in done.stderr
 
 
 @pytest.mark.slow
