@@ -154,7 +154,8 @@ class Pod:
     def setup_commands(self, commit: str) -> list[list[str]]:
         """Copy this repository at a commit, and install."""
         archive = Path.home() / ".cache" / "fdm_jax" / "launch" / f"fdm_jax-{commit}.tar.gz"
-        unpack = f"mkdir -p fdm_jax && tar -xzf {archive.name} -C fdm_jax"
+        # -m: git dates files as the commit, which may be older than what make has installed there for another one.
+        unpack = f"mkdir -p fdm_jax && tar -xzmf {archive.name} -C fdm_jax"
         return [
             ["mkdir", "-p", str(archive.parent)],
             ["git", "-C", str(REPOSITORY), "archive", "--format=tar.gz", f"--output={archive}", commit],

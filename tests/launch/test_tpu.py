@@ -175,7 +175,7 @@ def test_commands_of_a_dry_run(pod):
         f"mkdir -p {build}",
         f"git -C {pod.root} archive --format=tar.gz --output={build}/fdm_jax-{COMMIT}.tar.gz {COMMIT}",
         f"{vm} scp {build}/fdm_jax-{COMMIT}.tar.gz my-pod: --zone=us-central2-b --project=mine --quiet --worker=all",
-        f"{vm} ssh {place} --quiet --worker=all '--command=mkdir -p fdm_jax && tar -xzf fdm_jax-{COMMIT}.tar.gz -C fdm_jax && "
+        f"{vm} ssh {place} --quiet --worker=all '--command=mkdir -p fdm_jax && tar -xzmf fdm_jax-{COMMIT}.tar.gz -C fdm_jax && "
         f"{worker} install {COMMIT}'",
         f"{vm} ssh {place} --quiet --worker=all " + shlex.quote(
             f"--command={worker} start {key} train --config=configs/edm.py:cifar10 --workdir=gs://bucket/run "
@@ -280,6 +280,15 @@ def test_a_run_keeps_the_commit_that_it_began_with(pod):
     assert done.returncode == 0 and len(pod.starts()) == 2
     first, again = pod.called("scp")
     assert first == again
+
+
+def test_what_is_copied_counts_as_new(pod):
+    """Else `make install` would leave the packages of an older commit that was installed later."""
+    (pod.folder / "plays.json").write_text(json.dumps([["ACTIVE"]]))
+    began = time.time() - 1
+    assert pod.run("tpu", "create", *SLICE).returncode == pod.run("tpu", "setup", *SLICE).returncode == 0
+    copied = pod.folder / "worker-1" / "fdm_jax" / "launch" / "tpu_worker.sh"
+    assert (pod.root / "launch" / "tpu_worker.sh").stat().st_mtime < began < copied.stat().st_mtime
 
 
 @pytest.mark.slow
