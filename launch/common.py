@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -97,7 +98,25 @@ def run(command: Sequence[str], **options: object) -> subprocess.CompletedProces
     try:
         return subprocess.run(command, text=True, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
     except FileNotFoundError as error:
-        raise Refusal(f"There is no {command[0]!r} on the path: install it, or give --dry-run.") from error
+        raise missing(command[0]) from error
+
+
+def become(command: Sequence[str]) -> NoReturn:
+    """Run a program in this one's place, for one that ends by itself when told to: all signals reach it.
+
+    Raises:
+      Refusal: it is not there.
+    """
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    try:
+        os.execvp(command[0], command)
+    except FileNotFoundError as error:
+        raise missing(command[0]) from error
+
+
+def missing(program: str) -> Refusal:
+    """What is said of it."""
+    return Refusal(f"There is no {program!r} on the path: install it, or give --dry-run.")
 
 
 def newest_checkpoint(workdir: str | None) -> int | None:

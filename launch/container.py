@@ -18,7 +18,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import DONE, REPOSITORY, Refusal, finish, need_command, option, parse, parser, run
+from common import DONE, REPOSITORY, Refusal, become, finish, need_command, option, parse, parser, run
 
 DATA = "/cache/fdm_jax/data"
 STOP_SECONDS = 180  # what `docker stop` leaves a run to save
@@ -45,12 +45,13 @@ def main(argv: Sequence[str]) -> int:
     else:
         need_command(command, adds_distributed=False)
         commands = [["mkdir", "-p", *map(str, folders(args))], run_command(args, tag, command)]
-    for each in commands:
-        if args.dry_run:
-            print(shlex.join(each))
-        elif code := run(each).returncode:
+    if args.dry_run:
+        print("\n".join(shlex.join(each) for each in commands))
+        return DONE
+    for each in commands[:-1]:
+        if code := run(each).returncode:
             return code
-    return DONE
+    become(commands[-1])
 
 
 def build_command(args: argparse.Namespace, extra: str, tag: str) -> list[str]:

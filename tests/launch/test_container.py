@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 
 import pytest
 
@@ -15,6 +16,17 @@ import os, pathlib, sys
 with open(os.environ["STAGE"] + "/calls", "a") as calls:
     calls.write("\n".join(sys.argv[1:]) + "\n")
 sys.exit(75)
+"""
+
+SAVING = r"""
+import os, signal, time
+def save(*_):
+    time.sleep(0.5)
+    os.write(1, b"saved\n")
+    os._exit(75)
+signal.signal(signal.SIGTERM, save)
+os.write(1, b"up\n")
+time.sleep(30)
 """
 
 
@@ -62,6 +74,16 @@ def test_exit_code_and_folders(stage):
     assert stage.run("container", "run", "--runs=new", "--data=data", *RUN[2:]).returncode == 75
     assert (stage.folder / "new").is_dir() and (stage.folder / "data").is_dir()
     assert (stage.folder / "calls").read_text().splitlines()[-3:] == FDM.split()
+
+
+def test_signals_reach_the_engine(stage):
+    """Which passes them on to the run, and waits for it to save."""
+    stage.program("docker", SAVING)
+    launcher = stage.start("container", "run", "--data=data", *RUN[2:])
+    assert launcher.stdout.readline() == "up\n"
+    launcher.send_signal(signal.SIGTERM)
+    output, _ = launcher.communicate(timeout=20)
+    assert (output, launcher.returncode) == ("saved\n", 75)
 
 
 @pytest.mark.parametrize(
