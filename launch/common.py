@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import re
 import shlex
@@ -49,6 +50,25 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.
     argv = list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     return made.parse_args(argv[:cut]), argv[cut + 1 :]
+
+
+def seconds(text: str) -> float:
+    """For argparse."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 seconds or more, and is {text!r}.")
+    return value
+
+
+def shell_words(text: str) -> list[str]:
+    """A program and its first arguments, for argparse."""
+    try:
+        found = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"cannot be read as a shell reads it ({error}), and is {text!r}.") from error
+    if not found:
+        raise argparse.ArgumentTypeError("names no program.")
+    return found
 
 
 def need_command(command: Sequence[str], adds_distributed: bool = True) -> None:

@@ -42,6 +42,8 @@ from common import (
     parse,
     parser,
     say,
+    seconds,
+    shell_words,
 )
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -55,12 +57,13 @@ def main(argv: Sequence[str]) -> int:
     made.add_argument("--devices-per-process", type=int, metavar="M", help="of fake CPU devices, instead of GPUs")
     made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after crashes, and in a row after code "
                       "75 without a new checkpoint (default: %(default)s)")  # fmt: skip
-    made.add_argument("--backoff", type=float, default=5, metavar="SECONDS", help="wait so long after the first crash, "
+    made.add_argument("--backoff", type=seconds, default=5, metavar="SECONDS", help="wait so long after the first crash, "
                       "then twice as long each time (default: %(default)s)")  # fmt: skip
-    made.add_argument("--grace", type=float, default=120, metavar="SECONDS", help="what processes get to save before "
+    made.add_argument("--grace", type=seconds, default=120, metavar="SECONDS", help="what processes get to save before "
                       "they are killed (default: %(default)s)")  # fmt: skip
     made.add_argument("--port", type=int, metavar="PORT", help="where the processes meet (default: a free one)")
-    made.add_argument("--fdm", default=default_fdm(), metavar="COMMAND", help="the fdm to run (default: %(default)s)")
+    made.add_argument("--fdm", type=shell_words, default=default_fdm(), metavar="COMMAND", help="the fdm to run "
+                      "(default: %(default)s)")  # fmt: skip
     args, command = parse(made, argv)
     need_command(command)
     need_positive(args, "processes", "devices_per_process", "port")
@@ -68,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
     def commands() -> list[list[str]]:
         port, total = args.port or free_port(), len(environments)
-        shared = [*shlex.split(args.fdm), *command]
+        shared = [*args.fdm, *command]
         return [[*shared, f"--distributed=localhost:{port},{total},{i}"] for i in range(total)]
 
     if args.dry_run:

@@ -31,6 +31,7 @@ from common import (
     parse,
     parser,
     run,
+    shell_words,
 )
 
 TIMES = r"(\d+-)?\d+(:\d+){0,2}"  # minutes, minutes:seconds, hours:minutes:seconds, days-hours, ...
@@ -54,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="requeues after crashes or without a new "
                       "checkpoint (default: %(default)s)")  # fmt: skip
     made.add_argument("--script", default="fdm.sbatch", metavar="FILE", help="to write (default: %(default)s)")
-    made.add_argument("--fdm", default=default_fdm(), metavar="COMMAND", help="the fdm to run (default: %(default)s)")
+    made.add_argument("--fdm", type=shell_words, default=default_fdm(), metavar="COMMAND", help="the fdm to run "
+                      "(default: %(default)s)")  # fmt: skip
     args, command = parse(made, argv)
     need_command(command)
     need_positive(args, "nodes", "gpus_per_node", "cpus_per_gpu", "save_seconds")
@@ -92,7 +94,7 @@ def script(args: argparse.Namespace, command: Sequence[str]) -> str:
         *args.sbatch,
     ]
     workdir = option(command, "workdir") or ""
-    fdm = shlex.join([*shlex.split(args.fdm), *command, "--distributed=auto"])
+    fdm = shlex.join([*args.fdm, *command, "--distributed=auto"])
     setup = "".join(f"{line}\n" for line in args.setup)
     return TEMPLATE.format(
         options="\n".join(f"#SBATCH {given}" for given in options),

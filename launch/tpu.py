@@ -44,6 +44,7 @@ from common import (
     parser,
     run,
     say,
+    seconds,
 )
 
 VERBS = ("train", "create", "setup", "run", "status", "tail", "stop", "delete")
@@ -80,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     made.add_argument("--worker", default="0", help="whose log `tail` shows (default: %(default)s)")
     made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after crashes, and in a row after "
                       "preemptions without a new checkpoint (default: %(default)s)")  # fmt: skip
-    made.add_argument("--poll", type=float, default=60, metavar="SECONDS", help="between looks (default: %(default)s)")
+    made.add_argument("--poll", type=seconds, default=60, metavar="SECONDS", help="between looks (default: %(default)s)")
     made.add_argument("--delete-when-done", action="store_true", help="`train` gives the slice back when the command "
                       "has ended with code 0 or 2")  # fmt: skip
     args, command = parse(made, argv)

@@ -107,6 +107,21 @@ def test_bad_input(local, arguments, sentence):
     assert sentence in local.refused("local", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("launcher", "argument", "sentence"),
+    [
+        ("local", "--fdm=a 'b", "cannot be read as a shell reads it (No closing quotation), and is \"a 'b\"."),
+        ("slurm", "--fdm=", "names no program."),
+        ("local", "--grace=nan", "must be 0 seconds or more, and is 'nan'."),
+        ("tpu", "--poll=-1", "must be 0 seconds or more, and is '-1'."),
+    ],
+)
+def test_values_that_cannot_be_read(local, launcher, argument, sentence):
+    done = local.run(launcher, *(["train", "--zone=z"] if launcher == "tpu" else []), argument, "--", "train")
+    name = argument.partition("=")[0]
+    assert done.returncode == 2 and done.stderr.endswith(f"error: argument {name}: {sentence}\n"), done.stderr
+
+
 def test_help(local):
     done = local.run("local", "--help")
     assert done.returncode == 0 and "--gpus" in done.stdout and "Exit codes of fdm" in done.stdout
