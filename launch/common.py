@@ -17,10 +17,12 @@ from typing import NoReturn
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 DONE, USER_ERROR, RESTART = 0, 2, 75  # exit codes of `fdm`; RESTART is fdm_jax.errors.RESTART_CODE
+INTERRUPTED = 130
 
 EXIT_CODES = """
 Exit codes of fdm, and of this program: 0 done (or saved after Ctrl-C); 2 something that you can mend, so it is never
-started again; 75 saved because of a preemption or a lost process, start again; all others: a crash.
+started again; 75 saved because of a preemption or a lost process, start again; 130 ended by Ctrl-C with nothing to save;
+all others: a crash.
 """
 
 
@@ -160,7 +162,7 @@ class Restarts:
     """Decides whether a run that ended is started again.
 
     After code 75, as long as there is a newer checkpoint than at the last start, or else ``limit`` times in a row.
-    After a crash ``limit`` times in all, waiting twice as long each time.  After code 2 never.
+    After a crash ``limit`` times in all, waiting twice as long each time.  After codes 2 and 130 never.
 
     Attributes:
       limit: see above.
@@ -180,6 +182,8 @@ class Restarts:
         """(seconds to wait before the next start, or None to give up; the reason in words)."""
         if code == USER_ERROR:
             return None, "code 2 is something to mend first"
+        if code == INTERRUPTED:
+            return None, "code 130 is Ctrl-C's"
         newest = self.progress()
         moved = newest is not None and newest != self._seen
         self._seen = newest
@@ -202,5 +206,5 @@ def finish(main: Callable[[Sequence[str]], int]) -> NoReturn:
         say(str(refusal))
         code = USER_ERROR
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
     sys.exit(code)

@@ -52,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
                       "such as --setup='module load cuda'; may be repeated")  # fmt: skip
     made.add_argument("--save-seconds", type=int, default=180, metavar="S", help="before the time limit, to save "
                       "(default: %(default)s)")  # fmt: skip
-    made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="requeues after crashes or without a new "
-                      "checkpoint (default: %(default)s)")  # fmt: skip
+    made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="requeues after crashes, and in a row "
+                      "without a new checkpoint (default: %(default)s)")  # fmt: skip
     made.add_argument("--script", default="fdm.sbatch", metavar="FILE", help="to write (default: %(default)s)")
     made.add_argument("--fdm", type=shell_words, default=default_fdm(), metavar="COMMAND", help="the fdm to run "
                       "(default: %(default)s)")  # fmt: skip
@@ -113,34 +113,39 @@ def script(args: argparse.Namespace, command: Sequence[str]) -> str:
 TEMPLATE = """\
 #!/bin/bash
 {options}
-set -uo pipefail
+{setup}set -uo pipefail
 
 newest() {{ ls {checkpoints} 2> /dev/null | grep -x '[0-9]*' | sort -n | tail -n 1; }}
 
+# Slurm's own SLURM_RESTART_COUNT also counts the stays that ended at the limit of time.
+counts=$SLURM_JOB_NAME-$SLURM_JOB_ID.restarts
+crashes=0 # in all
+idle=0 # stays without a new checkpoint, in a row
+[ -e "$counts" ] && read -r crashes idle < "$counts"
+
 requeue() {{
+  echo "$crashes $idle" > "$counts" || return # else it might be queued again for ever
   echo "launch: $1; job $SLURM_JOB_ID is queued again."
   scontrol requeue "$SLURM_JOB_ID"
 }}
 
-{setup}before=$(newest)
+give_up() {{
+  echo "launch: not queued again: $1."
+  rm -f "$counts"
+}}
+
+before=$(newest)
 srun --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait={wait} {fdm}
 code=$?
-restarts=${{SLURM_RESTART_COUNT:-0}}
 case $code in
-  0 | 2) ;;
+  0 | 2 | 130) rm -f "$counts" ;; # 130: by Ctrl-C, or --signal=INT, before there was anything to save
   75)
-    if [ "$(newest)" != "$before" ] || [ "$restarts" -lt {limit} ]; then
-      requeue "saved"
-    else
-      echo "launch: not queued again: no new checkpoint since the last start."
-    fi
+    if [ "$(newest)" = "$before" ]; then idle=$((idle + 1)); else idle=0; fi
+    if [ "$idle" -le {limit} ]; then requeue "saved"; else give_up "no new checkpoint in $idle stays"; fi
     ;;
   *)
-    if [ "$restarts" -lt {limit} ]; then
-      requeue "exit code $code"
-    else
-      echo "launch: not queued again: exit code $code after $restarts restarts."
-    fi
+    crashes=$((crashes + 1))
+    if [ "$crashes" -le {limit} ]; then requeue "exit code $code"; else give_up "exit code $code, crash $crashes"; fi
     ;;
 esac
 exit $code

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from common import (
     DONE,
+    INTERRUPTED,
     REPOSITORY,
     RESTART,
     USER_ERROR,
@@ -81,7 +82,9 @@ def main(argv: Sequence[str]) -> int:
     made.add_argument("--worker", default="0", help="whose log `tail` shows (default: %(default)s)")
     made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after crashes, and in a row after "
                       "preemptions without a new checkpoint (default: %(default)s)")  # fmt: skip
-    made.add_argument("--poll", type=seconds, default=60, metavar="SECONDS", help="between looks (default: %(default)s)")
+    made.add_argument(
+        "--poll", type=seconds, default=60, metavar="SECONDS", help="between looks (default: %(default)s)"
+    )
     made.add_argument("--delete-when-done", action="store_true", help="`train` gives the slice back when the command "
                       "has ended with code 0 or 2")  # fmt: skip
     args, command = parse(made, argv)
@@ -242,7 +245,7 @@ class Train:
                 time.sleep(self._args.poll)
         except KeyboardInterrupt:
             say("not watching any more; the run goes on, and so does its bill. The same command watches again.")
-            return 130
+            return INTERRUPTED
         say(f"ended with exit code {code}.")
         if self._args.delete_when_done and code in (DONE, USER_ERROR):
             return self._pod.do(self._pod.delete) or code

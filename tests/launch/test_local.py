@@ -110,7 +110,7 @@ def test_bad_input(local, arguments, sentence):
 @pytest.mark.parametrize(
     ("launcher", "argument", "sentence"),
     [
-        ("local", "--fdm=a 'b", "cannot be read as a shell reads it (No closing quotation), and is \"a 'b\"."),
+        ("local", "--fdm=a 'b", 'cannot be read as a shell reads it (No closing quotation), and is "a \'b".'),
         ("slurm", "--fdm=", "names no program."),
         ("local", "--grace=nan", "must be 0 seconds or more, and is 'nan'."),
         ("tpu", "--poll=-1", "must be 0 seconds or more, and is '-1'."),
@@ -202,6 +202,12 @@ def test_code_2_is_not_restarted(local):
     done = local.run("local", "--processes=2", *local.fast, "--", "train", "0:together", "0:exit=2", "1:sleep=30")
     assert done.returncode == 2 and local.starts() == 1 and local.signals(1) == ["SIGTERM"]
     assert "not started again: code 2 is something to mend first." in done.stderr
+
+
+def test_ctrl_c_of_one_process_is_not_restarted(local):
+    done = local.run("local", "--processes=2", *local.fast, "--", "train", "0:together", "0:exit=130", "1:sleep=30")
+    assert done.returncode == 130 and local.starts() == 1
+    assert "not started again: code 130 is Ctrl-C's." in done.stderr
 
 
 @pytest.mark.parametrize(

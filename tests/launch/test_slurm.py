@@ -27,7 +27,9 @@ SRUN = (
     "--config=configs/edm.py:cifar10 '--workdir=runs/my run' --distributed=auto\n"
 )
 
-# The first line of "codes" is how srun ends; a line "75 saved" leaves a checkpoint first.
+JOB = {"SLURM_JOB_NAME": "fdm", "SLURM_JOB_ID": "42"}
+
+# The file "code" is how srun ends; "75 1000" leaves the checkpoint 1000 first.
 PROGRAM = r"""
 import os, pathlib, sys
 stage, name = pathlib.Path(os.environ["STAGE"]), pathlib.Path(sys.argv[0]).name
@@ -36,7 +38,7 @@ with open(stage / "calls", "a") as calls:
 if name == "srun":
     code, _, saved = (stage / "code").read_text().strip().partition(" ")
     if saved:
-        (stage / "runs" / "my run" / "checkpoints" / "1000").mkdir(parents=True)
+        (stage / "runs" / "my run" / "checkpoints" / saved).mkdir(parents=True)
     sys.exit(int(code))
 if name == "sbatch" and "rejected" in sys.argv[1]:
     sys.exit(1)
@@ -69,23 +71,37 @@ def test_dry_run(slurm):
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"),
+    ("codes", "requeued"),
     [
-        ("0", 0, False), ("2", 0, False), ("75", 0, True), ("75", 3, False), ("75 saved", 50, True), ("137", 2, True),
-        ("137", 3, False),
+        (["0"], 0), (["2"], 0), (["130"], 0),
+        (["75", "75", "75", "75"], 3),
+        (["75", "75", "75 1000", "75", "75", "75", "75"], 6),
+        (["137", "137", "137", "137"], 3),
+        (["75 1000", "75 2000", "75 3000", "75 4000", "137", "75 5000", "137", "137", "137"], 8),
     ],
 )  # fmt: skip
-def test_what_the_job_does_with_exit_codes(slurm, code, restarts, requeued):
+def test_what_the_job_does_with_exit_codes(slurm, codes, requeued):
+    """Stays that Slurm's limit of time ends, with a new checkpoint each, use up none of the restarts."""
     slurm.run("slurm", *ARGUMENTS, *TRAIN)
-    (slurm.folder / "code").write_text(code)
-    job = subprocess.run(
-        ["bash", "fdm.sbatch"], cwd=slurm.folder, text=True, capture_output=True,
-        env=slurm.env | {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": str(restarts)},
-    )  # fmt: skip
-    assert job.returncode == int(code.split()[0]) and job.stderr == ""
-    assert slurm.calls()[1] == SRUN.replace("'", "").strip()
-    assert slurm.calls()[2:] == (["scontrol requeue 42"] if requeued else [])
-    assert ("queued again" in job.stdout) == (code not in ("0", "2"))
+    for restarts, code in enumerate(codes):
+        (slurm.folder / "code").write_text(code)
+        env = slurm.env | JOB | {"SLURM_RESTART_COUNT": str(restarts)}
+        job = subprocess.run(["bash", "fdm.sbatch"], cwd=slurm.folder, text=True, capture_output=True, env=env)
+        assert job.returncode == int(code.split()[0]) and job.stderr == ""
+        assert ("is queued again." in job.stdout) == (restarts < requeued), (restarts, job.stdout)
+    calls = slurm.calls()[1:]
+    assert calls[0] == SRUN.replace("'", "").strip()
+    assert calls.count("scontrol requeue 42") == requeued and len(calls) == len(codes) + requeued
+    assert ("not queued again" in job.stdout) == (codes[-1] in ("75", "137"))
+    assert not (slurm.folder / "fdm-42.restarts").exists()
+
+
+def test_lines_of_setup_may_be_careless(slurm):
+    """As what clusters and conda give to be sourced often is."""
+    slurm.run("slurm", "--setup=echo careless $NO_SUCH_VARIABLE", *TRAIN)
+    (slurm.folder / "code").write_text("0")
+    job = subprocess.run(["bash", "fdm.sbatch"], cwd=slurm.folder, text=True, capture_output=True, env=slurm.env | JOB)
+    assert (job.returncode, job.stdout, job.stderr) == (0, "careless\n", "")
 
 
 @pytest.mark.parametrize(
