@@ -53,7 +53,10 @@ def load(args: argparse.Namespace) -> ConfigDict:
 
 def _load_file(path: str, name: str) -> ConfigDict:
     if not Path(path).is_file():
-        raise UserError(f"There is no configuration file {path!r}: give one such as configs/edm.py:digits.")
+        where = "" if Path(path).is_absolute() else f" in {Path.cwd()}"
+        raise UserError(
+            f"There is no configuration file {path!r}{where}: the repository has some, such as configs/edm.py:digits."
+        )
     spec = importlib.util.spec_from_file_location("fdm_config", path)
     if spec is None or spec.loader is None:
         raise UserError(f"The configuration file {path!r} must be a Python file, with a name ending in .py.")

@@ -49,7 +49,8 @@ def test_bad_configuration(capsys, tmp_path, data_dir, override, sentence):
 def test_unknown_recipe_and_file(capsys, tmp_path):
     for config, sentence in (
         ("configs/edm.py:digit", "did you mean 'digits'"),
-        ("configs/edn.py:digits", "no configuration file"),
+        ("configs/edn.py:digits", f"no configuration file 'configs/edn.py' in {tiny.ROOT}: "),
+        ("/nowhere/edm.py:digits", "no configuration file '/nowhere/edm.py': "),
     ):
         assert sentence in refused(capsys, ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"])
 
