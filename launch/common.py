@@ -21,7 +21,7 @@ INTERRUPTED = 130
 
 EXIT_CODES = """
 Exit codes of fdm, and of this program: 0 done (or saved after Ctrl-C); 2 something that you can mend, so it is never
-started again; 75 saved because of a preemption or a lost process, start again; 130 ended by Ctrl-C with nothing to save;
+started again; 75 saved because of a preemption or a lost process, start again; 130 ended by Ctrl-C without saving;
 all others: a crash.
 """
 

@@ -138,7 +138,7 @@ before=$(newest)
 srun --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait={wait} {fdm}
 code=$?
 case $code in
-  0 | 2 | 130) rm -f "$counts" ;; # 130: by Ctrl-C, or --signal=INT, before there was anything to save
+  0 | 2 | 130) rm -f "$counts" ;; # 130: by Ctrl-C, or --signal=INT, without saving
   75)
     if [ "$(newest)" = "$before" ]; then idle=$((idle + 1)); else idle=0; fi
     if [ "$idle" -le {limit} ]; then requeue "saved"; else give_up "no new checkpoint in $idle stays"; fi
