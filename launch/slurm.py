@@ -93,12 +93,13 @@ def script(args: argparse.Namespace, command: Sequence[str]) -> str:
         "--output=%x-%j.log",
         *args.sbatch,
     ]
-    workdir = option(command, "workdir") or ""
+    folder = f"{(option(command, 'workdir') or '').rstrip('/')}/checkpoints/"
+    listing = ["gcloud", "storage", "ls", folder] if folder.startswith("gs://") else ["ls", folder]
     fdm = shlex.join([*args.fdm, *command, "--distributed=auto"])
     setup = "".join(f"{line}\n" for line in args.setup)
     return TEMPLATE.format(
         options="\n".join(f"#SBATCH {given}" for given in options),
-        checkpoints=shlex.quote(f"{workdir}/checkpoints"),
+        listing=shlex.join(listing),
         limit=args.max_restarts,
         setup=setup,
         cpus=args.cpus_per_gpu,
@@ -115,7 +116,7 @@ TEMPLATE = """\
 {options}
 {setup}set -uo pipefail
 
-newest() {{ ls {checkpoints} 2> /dev/null | grep -x '[0-9]*' | sort -n | tail -n 1; }}
+newest() {{ {listing} 2> /dev/null | sed 's,/$,,; s,.*/,,' | grep -x '[0-9]*' | sort -n | tail -n 1; }}
 
 # Slurm's own SLURM_RESTART_COUNT also counts the stays that ended at the limit of time.
 counts=$SLURM_JOB_NAME-$SLURM_JOB_ID.restarts

@@ -96,6 +96,20 @@ def test_what_the_job_does_with_exit_codes(slurm, codes, requeued):
     assert not (slurm.folder / "fdm-42.restarts").exists()
 
 
+def test_checkpoints_in_a_bucket_are_seen(slurm):
+    listed = "print('gs://b/run/checkpoints/' + str(len(open(os.environ['STAGE'] + '/calls').readlines())) + '/')"
+    slurm.program(
+        "gcloud", f"import os, sys\nassert sys.argv[1:] == ['storage', 'ls', 'gs://b/run/checkpoints/']\n{listed}\n"
+    )
+    slurm.run("slurm", "--max-restarts=1", "--fdm=fdm", "--", "train", "--workdir=gs://b/run/")
+    (slurm.folder / "code").write_text("75")
+    for _ in range(3):
+        job = subprocess.run(
+            ["bash", "fdm.sbatch"], cwd=slurm.folder, text=True, capture_output=True, env=slurm.env | JOB
+        )
+        assert "is queued again." in job.stdout and not job.stderr
+
+
 def test_lines_of_setup_may_be_careless(slurm):
     """As what clusters and conda give to be sourced often is."""
     slurm.run("slurm", "--setup=echo careless $NO_SUCH_VARIABLE", *TRAIN)
