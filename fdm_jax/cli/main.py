@@ -9,6 +9,7 @@ import keyword
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from fdm_jax import __version__
 from fdm_jax.cli.places import check_local
@@ -36,8 +37,8 @@ COMMANDS = (
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Arguments of one command; its module is imported only when it is the one asked for."""
-    parser = argparse.ArgumentParser(
+    """Arguments of one command.  The commands' modules leave imports that take long to the functions that need them."""
+    parser = _Parser(
         prog="fdm",
         description="Fast Diffusion Model in JAX: diffusion models with momentum, trained and sampled.",
         epilog="`fdm COMMAND --help` says more of each command.",
@@ -60,6 +61,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if "=" not in token and unknown and not unknown[0].startswith("--"):
             args.overrides.append(unknown.pop(0))
     return args
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes whole names of options only, as the launchers do when they read a command; so do the parsers below it."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -70,10 +70,12 @@ def test_an_empty_path_is_not_the_current_folder(capsys, arguments):
     assert stopped.value.code == 2 and "the path is empty" in capsys.readouterr().err
 
 
-def test_unknown_argument_is_an_argparse_error(capsys, tmp_path):
+@pytest.mark.parametrize("argument", ["--wrkdir=3", "--dry"])
+def test_unknown_argument_is_an_argparse_error(capsys, tmp_path, argument):
+    """Part of a name is no name."""
     with pytest.raises(SystemExit) as stopped:
-        main(tiny.arguments(tmp_path / "run", "--wrkdir=3"))
-    assert stopped.value.code == 2 and "--wrkdir=3" in capsys.readouterr().err
+        main(tiny.arguments(tmp_path / "run", argument))
+    assert stopped.value.code == 2 and argument in capsys.readouterr().err
 
 
 def test_workdir_of_another_configuration_names_the_fields(capsys, straight_run, data_dir):
