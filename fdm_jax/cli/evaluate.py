@@ -233,11 +233,13 @@ def _gather(pieces: Path, images: Images) -> tuple[np.ndarray, np.ndarray | None
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    settings = json.loads(json.dumps(settings))
+    settings, pieces = json.loads(json.dumps(settings)), folder / "features"
     try:
-        make_folder(folder / "features")
+        make_folder(pieces)
         before = read_settings(folder)
-        if before is not None and before != settings:
+        # Settings alone are of a command that failed before its first piece.
+        begun = any(path.name not in (SETTINGS, "features") for path in folder.glob("*")) or any(pieces.glob("*"))
+        if begun and before is not None and before != settings:
             different = ", ".join(sorted(k for k in before.keys() | settings if before.get(k) != settings.get(k)))
             raise UserError(f"{folder} holds an evaluation with another {different}: delete it, or give another --out.")
         _write_json(folder / SETTINGS, settings)

@@ -67,12 +67,14 @@ class Record:
             raise UserError(
                 f"{self.path} is there already and is not a file of results: give another --out."
             ) from error
-        if before != settings:
+        if before != settings and not self.rows:  # that command failed before its first result
+            write_text(self.path, json.dumps({"settings": settings}) + "\n")
+        elif before != settings:
             different = ", ".join(sorted(k for k in before.keys() | settings if before.get(k) != settings.get(k)))
             raise UserError(
                 f"{self.path} holds results made with another {different}: delete it, or give another --out."
             )
-        if torn:
+        elif torn:
             write_text(self.path, whole + "\n")
 
     def add(self, *rows: Mapping[str, Any]) -> None:

@@ -9,7 +9,9 @@ import pytest
 from cli.conftest import start_all
 from encoded import png
 
+from fdm_jax.cli.evaluate import _claim
 from fdm_jax.cli.main import main
+from fdm_jax.errors import UserError
 from fdm_jax.evaluation import classifier
 from fdm_jax.evaluation.frechet import frechet_distance
 from fdm_jax.evaluation.moments import moments
@@ -160,6 +162,15 @@ def test_another_evaluation_in_the_folder(measured, place, capsys):
     out, arguments = measured
     assert evaluate(place, *arguments, "--first-seed=7") == 2
     assert "holds an evaluation with another first_seed" in capsys.readouterr().err
+
+
+def test_settings_without_features_stand_in_nobodys_way(tmp_path):
+    """Of a command that failed before its first piece; but not those of pictures that fdm generate made."""
+    _claim(tmp_path, {"first_seed": 1})
+    _claim(tmp_path, {"first_seed": 2})
+    (tmp_path / "000000.png").touch()
+    with pytest.raises(UserError, match="with another first_seed"):
+        _claim(tmp_path, {"first_seed": 3})
 
 
 def test_features_that_are_not_finite(tmp_path, capsys):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from fdm_jax.cli.main import main
+from fdm_jax.cli.record import Record
+from fdm_jax.errors import UserError
 
 
 def likelihood(workdir, out, *more):
@@ -47,6 +49,15 @@ def test_a_stop_in_the_middle_makes_no_difference(twelve, straight_run, tmp_path
 def test_other_settings_are_refused(twelve, straight_run, capsys):
     assert likelihood(straight_run, twelve, "--num=12", "--seed=1") == 2
     assert "holds results made with another seed" in capsys.readouterr().err
+
+
+def test_settings_without_results_stand_in_nobodys_way(tmp_path):
+    """A command that failed, and the next one, which does what its sentence advised."""
+    Record(tmp_path / "bits.jsonl", {"tolerance": 1e-12})
+    Record(tmp_path / "bits.jsonl", {"tolerance": 1e-5}).add({"index": 0})
+    assert Record(tmp_path / "bits.jsonl", {"tolerance": 1e-5}).rows == [{"index": 0}]
+    with pytest.raises(UserError, match="results made with another tolerance"):
+        Record(tmp_path / "bits.jsonl", {"tolerance": 1e-12})
 
 
 @pytest.mark.parametrize(
