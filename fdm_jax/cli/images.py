@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -68,9 +69,10 @@ def existing_images(args: argparse.Namespace) -> Images:
     Raises:
       UserError: it holds none, fewer than asked for, or of several sizes.
     """
-    if args.images.suffix == ".npz":
-        from fdm_jax.data.staging import local_copy
+    from fdm_jax.data.staging import local_copy
+    from fdm_jax.evaluation.weights import sha256
 
+    if args.images.suffix == ".npz":
         arrays = _npz_images(local_copy(args.images))
         found, shape, read = len(arrays), arrays.shape[1:], lambda rows: arrays[rows]
     else:
@@ -86,7 +88,16 @@ def existing_images(args: argparse.Namespace) -> Images:
     if num > found:
         raise UserError(f"{args.images} holds {found:,} images, and --num asks for {num:,}.")
     make = lambda start: read(np.arange(start, min(start + 512, num)))  # noqa: E731
-    return Images(args.images.name, shape, num, {"images": str(resolved(args.images)), "num": num}, 512, make)
+    if args.images.is_file():
+        checksum = sha256(local_copy(args.images))
+    else:  # of the pixels: what else lies in a folder does not matter
+        digest = hashlib.sha256()
+        for start in range(0, num, 512):
+            digest.update(make(start).tobytes())
+        checksum = digest.hexdigest()
+    # The same name may be given to other images, whose features are others.
+    settings = {"images": str(resolved(args.images)), "images_sha256": checksum, "num": num}
+    return Images(args.images.name, shape, num, settings, 512, make)
 
 
 def _npz_images(path: Path) -> np.ndarray:

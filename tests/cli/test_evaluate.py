@@ -124,6 +124,25 @@ def test_a_zip_and_a_folder(place, tmp_path):
     assert values[0] == values[1]
 
 
+@pytest.mark.parametrize("kind", ["folder", "images.npz"])
+def test_other_images_under_the_same_name(kind, place, tmp_path, capsys):
+    """Features of the former ones are not taken for theirs."""
+
+    def write(value):
+        images = np.full((5, 8, 8, 1), value, np.uint8)
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        for i, image in enumerate(images):
+            (tmp_path / "folder" / f"{i}.png").write_bytes(png(image[..., 0]))
+        np.savez(tmp_path / "images.npz", image=images)
+
+    arguments = [f"--images={tmp_path}/{kind}", f"--out={tmp_path}/out", "--metrics=frechet", "--keep-features"]
+    write(0)
+    assert evaluate(place, *arguments) == evaluate(place, *arguments) == 0
+    write(255)
+    assert evaluate(place, *arguments) == 2
+    assert "holds an evaluation with another images_sha256" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
