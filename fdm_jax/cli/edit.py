@@ -26,7 +26,7 @@ from fdm_jax.cli.sampling import (
     choose_labels,
     choose_steps,
     load_guidance,
-    load_model,
+    load_with_guide,
     parse_grid,
 )
 from fdm_jax.errors import UserError
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     seeds = parse_seeds(args.seeds)
-    model = load_model(args.workdir, args.checkpoint)
+    model = load_with_guide(args)
     experiment, shape = model.experiment, model.experiment.image_shape
     known = read_image(args.image, shape, args.action == "colorise") if args.image else None
     grid = parse_grid(args.grid)

@@ -27,7 +27,7 @@ from fdm_jax.cli.sampling import (
     add_checkpoint_argument,
     add_sampling_arguments,
     choose_labels,
-    load_model,
+    load_with_guide,
     make_sampler,
 )
 from fdm_jax.errors import UserError
@@ -98,7 +98,7 @@ def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
     from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
 
-    model = load_model(args.workdir, args.checkpoint)
+    model = load_with_guide(args)
     labels = choose_labels(args.label, seeds, model.experiment.num_classes)
     sampler = make_sampler(args, model)
     out, first = _Output(args.out), jax.process_index() == 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fdm_jax.cli.sampling import choose_labels, load_model, make_sampler
+from fdm_jax.cli.sampling import choose_labels, load_with_guide, make_sampler
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import is_remote, resolved
 
@@ -46,7 +46,7 @@ def generated_images(args: argparse.Namespace) -> Images:
     from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
 
-    model = load_model(args.workdir, args.checkpoint)
+    model = load_with_guide(args)
     sampler, num = make_sampler(args, model), args.num or 50_000
     if not 0 <= args.first_seed <= 2**32 - num:
         raise UserError(f"The seeds must lie from 0 to {2**32 - 1}: {args.first_seed} and {num:,} more do not.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -136,11 +137,22 @@ def choose_steps(args: argparse.Namespace, default: int, grid: str | list[float]
 
 
 class Loaded(NamedTuple):
-    """A checkpoint's model."""
+    """A checkpoint's model, and the one that guides it, if there is one."""
 
     checkpoint: int
     experiment: Experiment
     variables: dict[str, Any]
+    guide: Loaded | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What a result has to say of it.  Another run in the same workdir comes to the same steps with other weights."""
+        import jax
+
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.variables):
+            digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+        own = {"checkpoint": self.checkpoint, "model_sha256": digest.hexdigest()}
+        return own | ({f"guide_{name}": value for name, value in self.guide.describe().items()} if self.guide else {})
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +187,17 @@ def load_model(workdir: Path, step: int | str | None = None) -> Loaded:
     return Loaded(checkpoint, dataclasses.replace(experiment, network=network), variables)
 
 
+def load_with_guide(args: argparse.Namespace) -> Loaded:
+    """The model that the arguments name, with the newest checkpoint of its guide if they name one.
+
+    Raises:
+      UserError: see :func:`load_model` and :func:`parse_guidance`.
+    """
+    parse_guidance(args)  # a mistake there is said before anything is read
+    model = load_model(args.workdir, args.checkpoint)
+    return model if args.guide is None else model._replace(guide=load_model(args.guide))
+
+
 def load_guidance(args: argparse.Namespace, model: Loaded) -> tuple[Guidance | None, Any, Any]:
     """The guidance asked for, network and family of the guide if there is one, and the variables of all that runs.
 
@@ -184,14 +207,14 @@ def load_guidance(args: argparse.Namespace, model: Loaded) -> tuple[Guidance | N
       UserError: see :func:`parse_guidance`; a guide for other images or classes.
     """
     guidance, experiment = parse_guidance(args), model.experiment
-    if args.guide is not None:
-        _, other, others = load_model(args.guide)
+    if model.guide is not None:
+        other = model.guide.experiment
         if (other.image_shape, other.num_classes) != (experiment.image_shape, experiment.num_classes):
             raise UserError(
                 f"The guide {args.guide} makes images of {other.image_shape} with {other.num_classes} classes, and the "
                 f"model of {experiment.image_shape} with {experiment.num_classes}: they must be alike."
             )
-        return guidance, (other.network, other.family), (model.variables, others)
+        return guidance, (other.network, other.family), (model.variables, model.guide.variables)
     if guidance is not None and experiment.num_classes and not experiment.network.label_dropout:
         print(
             f"fdm {args.command}: warning: the model was trained without label dropout (network.label_dropout is 0), so "
@@ -257,10 +280,10 @@ def make_sampler(args: argparse.Namespace, model: Loaded, quantise: bool = True)
         quantise=quantise,
     )  # fmt: skip
     settings = {
-        "workdir": str(args.workdir.resolve()), "checkpoint": model.checkpoint, "class": args.label, "steps": steps,
+        "workdir": str(args.workdir.resolve()), "class": args.label, "steps": steps,
         "solver": args.solver, "grid": args.grid, "match_original": args.match_original,
         "sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho, "S_churn": args.S_churn,
         "S_min": args.S_min, "S_max": str(args.S_max), "S_noise": args.S_noise, "guidance": args.guidance,
         "guidance_interval": args.guidance_interval, "guide": str(args.guide.resolve()) if args.guide else None,
-    }  # fmt: skip
+    } | model.describe()  # fmt: skip
     return Sampler(generate, variables, len(make_calls(args.solver, steps, edm_sigmas)), settings)

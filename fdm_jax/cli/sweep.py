@@ -30,7 +30,7 @@ from fdm_jax.cli.sampling import (
     add_range_and_guidance,
     choose_labels,
     load_guidance,
-    load_model,
+    load_with_guide,
     make_sampler,
 )
 from fdm_jax.errors import UserError, nearest
@@ -80,16 +80,16 @@ def run(args: argparse.Namespace) -> int:
     for name in ("batch", "num"):
         if getattr(args, name) < (2 if name == "num" else 1):
             raise UserError(f"--{name} is {getattr(args, name)}, which is too few.")
-    model = load_model(args.workdir, args.checkpoint)
+    model = load_with_guide(args)
     judge = None
     if args.ref is not None:
         judge = open_reference(args.ref, args.extractor, args.weights, model.experiment.image_shape)
     record = Record(args.out / "results.jsonl", {
-        "workdir": str(resolved(args.workdir)), "checkpoint": model.checkpoint, "seeds": args.seeds, "class": args.label,
+        "workdir": str(resolved(args.workdir)), "seeds": args.seeds, "class": args.label,
         "tolerance": args.tolerance, "sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho,
         "match_original": args.match_original, "guidance": args.guidance, "guidance_interval": args.guidance_interval,
         "guide": str(args.guide.resolve()) if args.guide else None, "num": args.num if judge else None,
-    } | ({} if judge is None else judge[1].describe() | {"ref_sha256": judge[0].checksum}))  # fmt: skip
+    } | model.describe() | ({} if judge is None else judge[1].describe() | {"ref_sha256": judge[0].checksum}))  # fmt: skip
     if not record.rows:  # a solution without rows may be of other settings, whose record was deleted
         (args.out / "reference.npy").unlink(missing_ok=True)
     exact = reference(args, model, seeds)

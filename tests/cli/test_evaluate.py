@@ -1,6 +1,8 @@
 """`fdm evaluate` on the tiny run: statistics, generated and existing images, a stop in the middle, refusals."""
 
+import argparse
 import json
+import shutil
 import zipfile
 
 import jax
@@ -11,6 +13,7 @@ from encoded import png
 
 from fdm_jax.cli.evaluate import _claim
 from fdm_jax.cli.main import main
+from fdm_jax.cli.sampling import load_model, load_with_guide
 from fdm_jax.errors import UserError
 from fdm_jax.evaluation import classifier
 from fdm_jax.evaluation.frechet import frechet_distance
@@ -190,6 +193,21 @@ def test_settings_without_features_stand_in_nobodys_way(tmp_path):
     (tmp_path / "000000.png").touch()
     with pytest.raises(UserError, match="with another first_seed"):
         _claim(tmp_path, {"first_seed": 3})
+
+
+def test_another_guide_or_model_under_the_same_name(straight_run, tmp_path):
+    """A guide that was trained on, and a run that was made anew: the settings tell them from what was there before."""
+    guide = tmp_path / "guide"
+    shutil.copytree(straight_run, guide)
+    args = argparse.Namespace(
+        workdir=straight_run, checkpoint=None, guidance=2.0, guidance_interval="0,inf", guide=guide
+    )
+    newest = load_with_guide(args).describe()
+    assert newest["checkpoint"] == newest["guide_checkpoint"] == 20
+    assert newest["model_sha256"] == newest["guide_model_sha256"] == load_model(straight_run).describe()["model_sha256"]
+    shutil.rmtree(guide / "checkpoints" / "20")
+    older = load_with_guide(args).describe()
+    assert {name for name in newest if newest[name] != older[name]} == {"guide_checkpoint", "guide_model_sha256"}
 
 
 def test_features_that_are_not_finite(tmp_path, capsys):
