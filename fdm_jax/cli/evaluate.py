@@ -23,7 +23,7 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,10 +148,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     }  # fmt: skip
     parent = args.workdir / "evaluations" if args.workdir else Path("evaluations")
     folder = args.out or parent / folder_name(images.name, settings)
-    seconds = extract_all(folder, settings, images, extractor, args)
+    seconds, piece = extract_all(folder, settings, images, extractor, args)
     if jax.process_index():
         return 0  # the first process has all features before it
-    features, logits = _gather(folder / "features", images)
+    features, logits = _gather(folder / "features", range(0, images.num, piece))
     result = measure(features, logits, reference, extractor, metrics, bootstrap=args.bootstrap)
     report = {"metrics": result, "images": len(features), "seconds": round(seconds, 1), "settings": settings}
     _write_json(folder / "result.json", report | {"versions": versions()})
@@ -184,13 +184,13 @@ def open_reference(
 
 def extract_all(
     folder: Path, settings: dict[str, Any], images: Images, extractor: Extractor, args: argparse.Namespace
-) -> float:
-    """Features and logits of all images, piece by piece into ``folder``; returns the seconds that it took.
+) -> tuple[float, int]:
+    """Features and logits of all images, piece by piece into ``folder``; the seconds that it took, and a piece's images.
 
     Each process makes every so-manieth piece on its own devices; the folder is one that all of them see.
 
     Raises:
-      UserError: the folder holds an evaluation of other settings, or cannot be written.
+      UserError: the folder holds an evaluation of other settings, cannot be written, or is not one for all processes.
     """
     import jax
 
@@ -201,17 +201,18 @@ def extract_all(
 
     pieces = folder / "features"
     if jax.process_index() == 0:
-        _claim(folder, settings | {"piece": images.piece})
+        _claim(folder, settings, images.piece)
     wait_for_all("the folder is ready")
-    ours = range(0, images.num, images.piece)[jax.process_index() :: jax.process_count()]
+    piece = _claimed(folder, settings)
+    ours = range(0, images.num, piece)[jax.process_index() :: jax.process_count()]
     there = {path.name for path in pieces.glob("*.npz")}  # one list, not a request for each
     missing = [start for start in ours if f"{start:09d}.npz" not in there]
-    total, left = (sum(min(images.piece, images.num - start) for start in starts) for starts in (ours, missing))
+    total, left = (sum(min(piece, images.num - start) for start in starts) for starts in (ours, missing))
     maker = FeatureMaker(extractor, make_mesh(jax.local_devices()), min(args.batch, images.num))
     progress = Progress(total, total - left, quiet=jax.process_index() > 0)
     began, done = time.monotonic(), 0
     for start in missing:
-        features, logits = maker(images.make(start))
+        features, logits = maker(images.make(start, min(start + piece, images.num)))
         check_finite(features)
         save_npz(pieces / f"{start:09d}.npz", {"features": features} | ({} if logits is None else {"logits": logits}))
         done += len(features)
@@ -219,32 +220,57 @@ def extract_all(
         progress.report(done / (time.monotonic() - began))
     progress.close()
     wait_for_all("all features are there")
-    return time.monotonic() - began
+    return time.monotonic() - began, piece
 
 
-def _gather(pieces: Path, images: Images) -> tuple[np.ndarray, np.ndarray | None]:
+def _gather(pieces: Path, starts: Iterable[int]) -> tuple[np.ndarray, np.ndarray | None]:
     """Features [N, D] and logits [N, K], in order."""
     parts = []
-    for start in range(0, images.num, images.piece):
+    for start in starts:
         with (pieces / f"{start:09d}.npz").open("rb") as file, np.load(file) as part:
             parts.append(dict(part))
     logits = np.concatenate([part["logits"] for part in parts]) if "logits" in parts[0] else None
     return np.concatenate([part["features"] for part in parts]), logits
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
+def _claim(folder: Path, settings: dict[str, Any], piece: int) -> None:
+    """Write the settings down; pieces that are there already decide how many images are in one.
+
+    Raises:
+      UserError: see :func:`extract_all`.
+    """
     settings, pieces = json.loads(json.dumps(settings)), folder / "features"
     try:
         make_folder(pieces)
         before = read_settings(folder)
+        kept = any(pieces.glob("*"))
         # Settings alone are of a command that failed before its first piece.
-        begun = any(path.name not in (SETTINGS, "features") for path in folder.glob("*")) or any(pieces.glob("*"))
+        begun = kept or any(path.name not in (SETTINGS, "features") for path in folder.glob("*"))
+        if before is not None:  # perhaps with another --batch, or on other devices, which suit other pieces
+            of_before = before.pop("piece", piece)
+            piece = of_before if kept else piece
         if begun and before is not None and before != settings:
             different = ", ".join(sorted(k for k in before.keys() | settings if before.get(k) != settings.get(k)))
             raise UserError(f"{folder} holds an evaluation with another {different}: delete it, or give another --out.")
-        _write_json(folder / SETTINGS, settings)
+        _write_json(folder / SETTINGS, settings | {"piece": piece})
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
+
+
+def _claimed(folder: Path, settings: dict[str, Any]) -> int:
+    """How many images are in a piece of the folder.
+
+    Raises:
+      UserError: the first process wrote other settings, or into another folder.
+    """
+    found = read_settings(folder) or {}
+    # Places may have other names on other hosts.
+    ours = {k: v for k, v in json.loads(json.dumps(settings)).items() if k not in ("workdir", "guide", "images", "ref")}
+    if any(found.get(k) != v for k, v in ours.items()):
+        raise UserError(
+            f"{folder} is not the same for all processes: give --checkpoint if the run goes on, and an --out that all see."
+        )
+    return found["piece"]
 
 
 def folder_name(name: str, settings: dict[str, Any]) -> str:

@@ -24,13 +24,13 @@ class Images:
       shape: (H, W, C).
       num: how many.
       settings: what they depend on.
-      piece: images at a time.
-      make: (start) -> uint8 [n, H, W, C], the piece that begins there.
+      piece: images at a time that suit the batch.
+      make: (start, stop) -> uint8 [stop - start, H, W, C].
     """
 
     def __init__(
         self, name: str, shape: tuple[int, int, int], num: int, settings: dict[str, Any], piece: int,
-        make: Callable[[int], np.ndarray],
+        make: Callable[[int, int], np.ndarray],
     ):  # fmt: skip
         self.name, self.shape, self.num, self.settings, self.piece, self.make = name, shape, num, settings, piece, make
 
@@ -53,8 +53,8 @@ def generated_images(args: argparse.Namespace) -> Images:
     generator = BatchedGenerator(sampler.generate, make_mesh(jax.local_devices()), min(args.batch, num))
     piece = generator.batch_size * max(512 // generator.batch_size, 1)
 
-    def make(start: int) -> np.ndarray:
-        seeds = (args.first_seed + np.arange(start, min(start + piece, num))).astype(np.uint32)
+    def make(start: int, stop: int) -> np.ndarray:
+        seeds = (args.first_seed + np.arange(start, stop)).astype(np.uint32)
         labels = choose_labels(args.label, seeds, model.experiment.num_classes)
         return np.concatenate([images for _, images in generator(sampler.variables, seeds, labels)])
 
@@ -87,13 +87,13 @@ def existing_images(args: argparse.Namespace) -> Images:
     num = args.num or found
     if num > found:
         raise UserError(f"{args.images} holds {found:,} images, and --num asks for {num:,}.")
-    make = lambda start: read(np.arange(start, min(start + 512, num)))  # noqa: E731
+    make = lambda start, stop: read(np.arange(start, stop))  # noqa: E731
     if args.images.is_file():
         checksum = sha256(local_copy(args.images))
     else:  # of the pixels: what else lies in a folder does not matter
         digest = hashlib.sha256()
         for start in range(0, num, 512):
-            digest.update(make(start).tobytes())
+            digest.update(make(start, min(start + 512, num)).tobytes())
         checksum = digest.hexdigest()
     # The same name may be given to other images, whose features are others.
     settings = {"images": str(resolved(args.images)), "images_sha256": checksum, "num": num}

@@ -11,7 +11,7 @@ import pytest
 from cli.conftest import start_all
 from encoded import png
 
-from fdm_jax.cli.evaluate import _claim
+from fdm_jax.cli.evaluate import _claim, _claimed
 from fdm_jax.cli.main import main
 from fdm_jax.cli.sampling import load_model, load_with_guide
 from fdm_jax.errors import UserError
@@ -90,12 +90,12 @@ def test_it_goes_on_where_it_was(measured, place, monkeypatch):
     def counting(args):
         images = real(args)
         make = images.make
-        images.make = lambda start: made.append(start) or make(start)
+        images.make = lambda *rows: made.append(rows) or make(*rows)
         return images
 
     monkeypatch.setattr(module, "generated_images", counting)
     assert evaluate(place, *arguments) == 0
-    assert made == [512]
+    assert made == [(512, 1024)]
     assert result(out)["metrics"] == before["metrics"]
 
 
@@ -188,11 +188,30 @@ def test_another_evaluation_in_the_folder(measured, place, capsys):
 
 def test_settings_without_features_stand_in_nobodys_way(tmp_path):
     """Of a command that failed before its first piece; but not those of pictures that fdm generate made."""
-    _claim(tmp_path, {"first_seed": 1})
-    _claim(tmp_path, {"first_seed": 2})
+    _claim(tmp_path, {"first_seed": 1}, 512)
+    _claim(tmp_path, {"first_seed": 2}, 512)
     (tmp_path / "000000.png").touch()
     with pytest.raises(UserError, match="with another first_seed"):
-        _claim(tmp_path, {"first_seed": 3})
+        _claim(tmp_path, {"first_seed": 3}, 512)
+
+
+def test_another_batch_goes_on_with_the_pieces_that_are_there(tmp_path):
+    settings = {"first_seed": 1, "workdir": "/here"}
+    _claim(tmp_path, settings, 512)
+    (tmp_path / "features" / "000000000.npz").touch()
+    _claim(tmp_path, settings, 480)
+    assert _claimed(tmp_path, settings | {"workdir": "/there"}) == 512
+    (tmp_path / "features" / "000000000.npz").unlink()
+    (tmp_path / "result.json").touch()
+    _claim(tmp_path, settings, 480)
+    assert _claimed(tmp_path, settings) == 480
+
+
+def test_processes_that_do_not_see_one_folder_or_model(tmp_path):
+    for folder in (tmp_path, tmp_path / "own"):
+        _claim(tmp_path, {"checkpoint": 10}, 512)
+        with pytest.raises(UserError, match="is not the same for all processes: give --checkpoint"):
+            _claimed(folder, {"checkpoint": 20})
 
 
 def test_another_guide_or_model_under_the_same_name(straight_run, tmp_path):
