@@ -52,13 +52,17 @@ def measure(
       metrics: from :func:`choose_metrics`.
       bootstrap: how many times the images are drawn anew, with repetition, for the deviation of the Frechet distance.
       neighbours: k of precision and recall.
-      coverage_images: precision and recall take at most so many of each set, the first ones.
+      coverage_images: precision and recall take at most so many of each set.
       seed: of what is drawn.
 
     Raises:
       UserError: features that are not finite, or too few of them.
     """
     inception, result = extractor.kind == "inception", {}
+
+    def some(rows: np.ndarray, most: int) -> np.ndarray:
+        """In any order: data sets are often sorted by class, and the first ones are then of a few classes."""
+        return rows[np.random.default_rng(seed).permutation(len(rows))[:most]]
 
     def put(name: str, value: float, deviation: float | None, of: str, **more: Any) -> None:
         result[name] = {"value": value, "deviation": deviation, "deviation_of": of} | more
@@ -81,12 +85,12 @@ def measure(
         put("kid" if inception else "kernel_distance", value, deviation, f"100 subsets of {size} images")
     if "precision-recall" in metrics:
         assert reference.features is not None
-        ours, real = features[:coverage_images], reference.features[:coverage_images]
+        ours, real = some(features, coverage_images), some(reference.features, coverage_images)
         precision, recall = precision_recall(ours, real, neighbours)
         for name, share, n in (("precision", precision, len(ours)), ("recall", recall, len(real))):
             put(name, share, float(np.sqrt(share * (1 - share) / n)), f"a share of {n} images", neighbours=neighbours)
     if "inception-score" in metrics:
         assert logits is not None
-        value, deviation = inception_score(logits)
+        value, deviation = inception_score(some(logits, len(logits)))
         put("inception_score", value, deviation, "10 parts of the images")
     return result

@@ -7,9 +7,12 @@ from sklearn.neighbors import NearestNeighbors
 
 from fdm_jax.errors import UserError
 from fdm_jax.evaluation.coverage import precision_recall
+from fdm_jax.evaluation.extractors import Extractor
 from fdm_jax.evaluation.inception_score import inception_score
 from fdm_jax.evaluation.kernel import kernel_distance
+from fdm_jax.evaluation.measures import measure
 from fdm_jax.evaluation.moments import Moments, moments
+from fdm_jax.evaluation.references import Reference
 
 RNG = np.random.default_rng(0)
 
@@ -118,6 +121,19 @@ def test_inception_score_in_closed_form():
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     scores = [np.exp(np.mean([scipy.stats.entropy(q, part.mean(0)) for q in part])) for part in np.split(p, 2)]
     assert inception_score(logits, splits=2) == pytest.approx((np.mean(scores), np.std(scores)))
+
+
+def test_images_sorted_by_class():
+    """As folders and data sets often are: parts of them must not be of a few classes."""
+    centres = RNG.standard_normal((10, 4)) * 20
+    sorted_, mixed = np.repeat(np.arange(10), 40), RNG.integers(0, 10, 400)
+    real, generated = (centres[of] + RNG.standard_normal((400, 4)) for of in (sorted_, mixed))
+    reference = Reference(*moments(real), real)
+    extractor = Extractor("inception", 4, None, {}, lambda variables, images: (images, None))
+    metrics, logits = ["precision-recall", "inception-score"], 1000.0 * np.eye(10)[sorted_]
+    figures = measure(generated, logits, reference, extractor, metrics, coverage_images=100)
+    assert figures["precision"]["value"] > 0.5 and figures["recall"]["value"] > 0.5
+    assert figures["inception_score"]["value"] == pytest.approx(9, abs=1)
 
 
 def test_bad_sets():
