@@ -9,7 +9,7 @@ from fdm_jax.errors import UserError
 
 def kernel_distance(
     a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """Squared maximum mean discrepancy with the kernel (x . y / D + 1)^3, unbiased, over random subsets.
 
     Args:
@@ -19,7 +19,8 @@ def kernel_distance(
       seed: of the draw.
 
     Returns:
-      The mean over the subsets, whose expectation is the distance itself, and the standard deviation between them.
+      The mean over the subsets, whose expectation is the distance itself, and the standard deviation between them; None
+      for that where each of them would be the whole.
 
     Raises:
       UserError: fewer than two features, or of different widths.
@@ -29,6 +30,8 @@ def kernel_distance(
         raise UserError(
             f"A kernel distance takes two sets of two or more features of one width, not {a.shape} and {b.shape}."
         )
+    if size == len(a) == len(b):
+        return float(_unbiased(a, b)), None
     rng = np.random.default_rng(seed)
     values = [
         _unbiased(a[rng.choice(len(a), size, replace=False)], b[rng.choice(len(b), size, replace=False)])

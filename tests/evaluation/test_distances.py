@@ -74,6 +74,15 @@ def test_kernel_distance_is_the_plain_loops():
     np.testing.assert_allclose(got, (np.mean(expected), np.std(expected)), rtol=1e-12)
 
 
+def test_kernel_distance_of_whole_sets_has_no_deviation():
+    """Subsets of all images differ by rounding alone, and that is not how sure the figure is."""
+    a, b = RNG.standard_normal((2, 20, 4))
+    whole, deviation = kernel_distance(a, b)
+    assert deviation is None
+    parts, deviation = kernel_distance(a, b, subsets=2000, subset_size=15)
+    assert abs(parts - whole) < 4 * deviation / np.sqrt(2000)
+
+
 def test_kernel_distance_is_unbiased():
     """Sets of one distribution have a mean of 0, of any size."""
     values = [kernel_distance(*RNG.standard_normal((2, 20, 4)), subsets=1)[0] for _ in range(400)]
