@@ -352,6 +352,8 @@ def fit_classifier(args: argparse.Namespace) -> int:
     from fdm_jax.evaluation import classifier
     from fdm_jax.progress import Progress
 
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed must be from 0 to 2^31 - 1, and is {args.seed}.")
     source = _open_data(args, args.split, use_labels=True)
     data = [
         np.concatenate(part)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fdm_jax.cli.places import path_argument, place_argument
-from fdm_jax.cli.sampling import add_checkpoint_argument
+from fdm_jax.cli.sampling import add_checkpoint_argument, check_tolerance
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import resolved
 
@@ -54,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be 1 or more, and is {value}.")
-    if not 1e-12 < args.tolerance < 0.1:
-        raise UserError(f"--tolerance must be between 1e-12 and 0.1, and is {args.tolerance}.")
+    check_tolerance(args.tolerance)
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed must be from 0 to 2^31 - 1, and is {args.seed}.")
 

@@ -136,6 +136,12 @@ def choose_steps(args: argparse.Namespace, default: int, grid: str | list[float]
     return default if isinstance(grid, str) else len(grid) - 1
 
 
+def check_tolerance(tolerance: float) -> None:
+    """Raise a UserError unless an adaptive solver can do with it."""
+    if not 1e-12 < tolerance < 0.1:
+        raise UserError(f"--tolerance must be between 1e-12 and 0.1, and is {tolerance}.")
+
+
 class Loaded(NamedTuple):
     """A checkpoint's model, and the one that guides it, if there is one."""
 

@@ -28,6 +28,7 @@ from fdm_jax.cli.sampling import (
     Loaded,
     add_checkpoint_argument,
     add_range_and_guidance,
+    check_tolerance,
     choose_labels,
     load_guidance,
     load_with_guide,
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("batch", "num"):
         if getattr(args, name) < (2 if name == "num" else 1):
             raise UserError(f"--{name} is {getattr(args, name)}, which is too few.")
+    check_tolerance(args.tolerance)
     model = load_with_guide(args)
     judge = None
     if args.ref is not None:
@@ -179,9 +181,11 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
     if file.exists():
         return np.load(file)
     experiment = model.experiment
-    span = (args.sigma_min, args.sigma_max)
+    low, high = span = (args.sigma_min, args.sigma_max)
     check_range(*span)
-    low, high = span if args.match_original else sampling_range(experiment.family, *span)
+    if not args.match_original:
+        low, high = sampling_range(experiment.family, *span)
+        check_range(low, high)  # the other way about where the span lies beyond the family's
     guidance, guide, variables = load_guidance(args, model)
     model_denoiser = make_model_denoiser(experiment.network, experiment.family, experiment.num_classes, guidance, guide)
     mesh = make_mesh()

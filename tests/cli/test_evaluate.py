@@ -180,6 +180,11 @@ def test_bad_input(place, tmp_path, capsys, arguments, words):
     assert words.replace("PLACE", str(tmp_path)) in said
 
 
+def test_a_seed_that_is_none(tmp_path, capsys):
+    assert main(["evaluate", "fit-classifier", "--data=digits", f"--out={tmp_path}/c.safetensors", "--seed=-1"]) == 2
+    assert "--seed must be from 0 to 2^31 - 1, and is -1" in capsys.readouterr().err
+
+
 def test_another_evaluation_in_the_folder(measured, place, capsys):
     out, arguments = measured
     assert evaluate(place, *arguments, "--first-seed=7") == 2

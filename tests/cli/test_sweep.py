@@ -94,8 +94,11 @@ def test_a_solution_of_other_settings_is_not_used(straight_run, tmp_path):
         (["--seeds=3-1"], "falls"),
         (["--ref=nowhere.npz"], "nowhere.npz cannot be read"),
         (["--sigma-min=90"], "0 < sigma_min < sigma_max"),
+        (["--sigma-min=90", "--sigma-max=100"], "0 < sigma_min < sigma_max"),
+        (["--tolerance=-1"], "--tolerance must be between"),
     ],
 )
 def test_bad_input(straight_run, tmp_path, capsys, arguments, words):
     assert sweep(straight_run, tmp_path / "out", *arguments) == 2
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert words in said and "the ODE's solution:" not in said
