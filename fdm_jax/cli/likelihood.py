@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     num = min(args.num or len(source), len(source))
     out = args.out or args.workdir / f"likelihood-{args.split.replace('/', '-')}.jsonl"
     record = Record(out, {
-        "workdir": str(resolved(args.workdir)), "data": spec.name, "split": args.split,
+        "workdir": str(resolved(args.workdir)), "data": spec.name, "source": args.data, "split": args.split,
         "draws": args.draws, "exact": args.exact, "tolerance": args.tolerance, "sigma_min": span[0],
         "sigma_max": span[1], "seed": args.seed, "dequantisation": "uniform",
     } | model.describe())  # fmt: skip

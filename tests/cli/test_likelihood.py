@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from encoded import png
 
 from fdm_jax.cli.main import main
 from fdm_jax.cli.record import Record
+from fdm_jax.defaults import recipe
 from fdm_jax.errors import UserError
+from fdm_jax.experiment import open_data
 
 
 def likelihood(workdir, out, *more):
@@ -58,6 +61,24 @@ def test_settings_without_results_stand_in_nobodys_way(tmp_path):
     assert Record(tmp_path / "bits.jsonl", {"tolerance": 1e-5}).rows == [{"index": 0}]
     with pytest.raises(UserError, match="results made with another tolerance"):
         Record(tmp_path / "bits.jsonl", {"tolerance": 1e-12})
+
+
+def test_other_data_of_the_same_name_is_refused(straight_run, tmp_path, capsys):
+    """Folders are called by the last part of their path."""
+    for place in ("a", "b"):
+        (tmp_path / place / "cats").mkdir(parents=True)
+        (tmp_path / place / "cats" / "0.png").write_bytes(png(np.zeros((8, 8), np.uint8)))
+        (tmp_path / place / "cats" / "dataset.json").write_text('{"labels": [["0.png", 0]]}')
+    settings = ["--split=train", "--batch=8"]
+    assert likelihood(straight_run, tmp_path / "bits.jsonl", *settings, f"--data={tmp_path}/a/cats") == 0
+    assert likelihood(straight_run, tmp_path / "bits.jsonl", *settings, f"--data={tmp_path}/b/cats") == 2
+    assert "holds results made with another source" in capsys.readouterr().err
+
+
+def test_held_out_images_are_not_mirrored(data_dir):
+    config = recipe("digits")
+    config.data.update(data_dir=data_dir.partition("=")[2], xflip=True)
+    assert len(open_data(config)) == 2 * 1500 and len(open_data(config, "test")) == 297
 
 
 @pytest.mark.parametrize(
