@@ -237,11 +237,11 @@ def _read_likelihood(path: Path) -> Likelihood:
 
 
 def _read_grids(folder: Path) -> list[tuple[int, bytes]]:
-    """Sample grids by images seen; equal ones once, the last in any case."""
+    """Sample grids by images seen; equal ones once, the last in any case, and those that were cut short not at all."""
     grids: dict[bytes, int] = {}
     for path in sorted(folder.glob("*.png"), key=lambda path: path.stem.zfill(20), reverse=True):
         content = path.read_bytes()
-        if path.stem.isdecimal() and content.startswith(b"\x89PNG\r\n\x1a\n"):
+        if path.stem.isdecimal() and content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82"):
             grids.setdefault(content, int(path.stem))
     return sorted((nimg, content) for content, nimg in grids.items())
 

@@ -230,16 +230,25 @@ class Case(NamedTuple):
     values: dict[str, tuple[float, float | None]]
 
 
+# What may tell the curves of a run's sweeps apart; the Frechet distance names its own settings.
+SWEEP_SETTINGS = (
+    "checkpoint", "class", "guidance", "guidance_interval", "guide", "seeds", "sigma_min", "sigma_max", "rho",
+    "match_original",
+)  # fmt: skip
+
+
 def sweep_cases(runs: Sequence[Run]) -> list[Case]:
-    """All rows of all sweeps; solvers' names say the grid and the checkpoint where there are several."""
+    """All rows of all sweeps; solvers' names say the grid, the checkpoint and other settings where there are several."""
     rows = [(run, sweep, row) for run in runs for sweep in run.sweeps for row in sweep.rows]
     several_grids = len({row["grid"] for _, _, row in rows}) > 1
-    several = {run.name for run in runs if len({s.settings.get("checkpoint") for s in run.sweeps}) > 1}
+    several = {
+        run.name: [n for n in SWEEP_SETTINGS if len({str(s.settings.get(n)) for s in run.sweeps}) > 1] for run in runs
+    }
     cases = []
     for run, sweep, row in rows:
         solver = f"{row['solver']}" + (f" ({row['grid']})" if several_grids else "")
-        if run.name in several:
-            solver += f", step {sweep.settings.get('checkpoint')}"
+        for name in several[run.name]:
+            solver += f", {'step' if name == 'checkpoint' else name} {sweep.settings.get(name)}"
         values = {}
         if (distance := number(row.get("distance"))) is not None:
             values["RMS distance from the ODE's solution"] = (distance, number(row.get("distance_error")))

@@ -255,6 +255,8 @@ def _sampler(settings: dict[str, Any]) -> str:
         parts.append(f"class {settings['class']}")
     if settings.get("guidance") is not None:
         parts.append(f"guidance {settings['guidance']}")
+    usual = {"grid": "edm", "guide": None, "guidance_interval": "0,inf", "S_churn": 0, "match_original": False}
+    parts += [f"{name} {settings[name]}" for name, value in usual.items() if settings.get(name, value) != value]
     return ", ".join(parts)
 
 

@@ -75,9 +75,9 @@ def write_result(folder, extractor, metrics, **settings):
     (folder / "evaluations" / extractor / "result.json").write_text(json.dumps(content))
 
 
-def write_sweep(folder, workdir, frechet=True):
+def write_sweep(folder, workdir, frechet=True, **more):
     folder.mkdir()
-    settings = {"workdir": str(workdir.resolve()), "checkpoint": 120, "extractor": "pixels", "num": 50}
+    settings = {"workdir": str(workdir.resolve()), "checkpoint": 120, "extractor": "pixels", "num": 50} | more
     lines = [{"settings": settings}]
     for solver in ("heun", "unipc-2"):
         for nfe in (5, 9, 17):
@@ -288,12 +288,15 @@ def test_sample_grids(report, tmp_path):
     run = write_run(tmp_path / "run")
     write_grids(run, 12)
     (run / "samples" / "notes.png").write_text("no picture")
+    whole = (run / "samples" / "000000000500.png").read_bytes()
+    for nimg, size in ((7000, 9), (8000, len(whole) - 5)):  # of a disk that was full
+        (run / "samples" / f"{nimg:012d}.png").write_bytes(whole[:size])
     grids = [image for image in report(run).images if image.get("class") != "plot"]
     assert [image["alt"] for image in grids] == [
         f"samples of run after {nimg:,} images" for nimg in (6000, 500, 1500, 2500, 4000, 5000)
     ]
     assert grids[0]["class"] == "last" and (grids[0]["width"], grids[0]["height"]) == ("19", "19")
-    for path in sorted((run / "samples").glob("0*.png"))[1:]:
+    for path in sorted((run / "samples").glob("0*.png"))[1:12]:
         path.write_bytes((run / "samples" / "000000000500.png").read_bytes())
     assert [image["alt"] for image in report(run).images if image.get("class") == "last"] == [grids[0]["alt"]]
 
@@ -303,14 +306,15 @@ def test_evaluations(report, tmp_path):
     run = write_run(tmp_path / "run", evaluated=False)
     figure = {"value": 2.3456, "deviation": 0.0712, "deviation_of": "draws"}
     write_result(run, "inception", {"fid": figure, "recall": {"value": 0.61234, "deviation": None}})
-    write_result(run, "pixels", {"fid": figure | {"value": None}, "frechet_distance": figure}, guidance=1.5)
+    more = {"guidance": 1.5, "grid": "log-snr", "guidance_interval": "0,inf", "S_churn": 40.0, "guide": None}
+    write_result(run, "pixels", {"fid": figure | {"value": None}, "frechet_distance": figure}, **more)
     page = report(run, write_run(tmp_path / "without"))
     head = page.row("run", "features and reference")
     assert head[2:] == ["sampler", "images", "FID", "Fréchet distance", "recall"]
     inception = page.row("run", "inception, (abcdef)")
     assert inception[2:] == ["heun, 35 NFE, step 120", "2,000", "2.346 ± 0.071", "–", "0.6123"]
     assert page.row("run", "pixels, (abcdef)")[2:] == [
-        "heun, 35 NFE, step 120, guidance 1.5", "2,000", "–", "2.346 ± 0.071", "–",
+        "heun, 35 NFE, step 120, guidance 1.5, grid log-snr, S_churn 40.0", "2,000", "–", "2.346 ± 0.071", "–",
     ]  # fmt: skip
 
 
@@ -335,6 +339,18 @@ def test_sweeps(report, tmp_path):
     assert sum(row[:3] == ["a", "heun", "9"] for row in map(stripped, page.rows)) == 1
     assert sorted(stripped(row)[4] for row in page.rows if stripped(row)[:3] == ["b", "heun", "5"]) == ["20", "–"]
     assert "Fréchet distance (pixels), 50 images" in page.words and "FID" not in page.words
+
+
+def test_sweeps_of_one_run_are_told_apart(report, tmp_path):
+    run = write_run(tmp_path / "run")
+    write_sweep(run / "sweep-a", run, guidance=None, checkpoint=60)
+    write_sweep(run / "sweep-b", run, guidance=2.0)
+    solvers = {stripped(row)[1] for row in report(run).rows if stripped(row)[2:3] == ["9"]}
+    assert solvers == {
+        f"{solver}, {settings}"
+        for solver in ("heun", "unipc-2")
+        for settings in ("step 60, guidance None", "step 120, guidance 2.0")
+    }
 
 
 def stripped(row):
