@@ -22,6 +22,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -153,8 +154,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         return 0  # the first process has all features before it
     features, logits = _gather(folder / "features", range(0, images.num, piece))
     result = measure(features, logits, reference, extractor, metrics, bootstrap=args.bootstrap)
-    report = {"metrics": result, "images": len(features), "seconds": round(seconds, 1), "settings": settings}
-    _write_json(folder / "result.json", report | {"versions": versions()})
+    report = {"images": len(features), "seconds": round(seconds, 1), "settings": settings, "versions": versions()}
+    _write_json(folder / "result.json", {"metrics": _measured_before(folder, settings) | result} | report)
     if not args.keep_features:
         remove_folder(folder / "features")
     for name, figure in result.items():
@@ -179,6 +180,13 @@ def open_reference(
     reference, weights = load_reference(local_copy(path)), weights and local_copy(weights)
     extractor = open_extractor(kind or reference.description.get("extractor", "inception"), weights, shape)
     check_fits(reference, extractor, path)
+    known = reference.description.get("resolution", shape[0])
+    if known != shape[0]:
+        print(
+            f"fdm: warning: the statistics {path} are of images of {known}x{known}, and these are {shape[0]}x{shape[1]}: "
+            "the distance counts that too.",
+            file=sys.stderr,
+        )
     return reference, extractor
 
 
@@ -231,6 +239,15 @@ def _gather(pieces: Path, starts: Iterable[int]) -> tuple[np.ndarray, np.ndarray
             parts.append(dict(part))
     logits = np.concatenate([part["logits"] for part in parts]) if "logits" in parts[0] else None
     return np.concatenate([part["features"] for part in parts]), logits
+
+
+def _measured_before(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Figures of the same images that are in the folder already: those asked for now do not drive them out."""
+    try:
+        before = json.loads((folder / "result.json").read_text())
+        return dict(before["metrics"]) if before["settings"] == json.loads(json.dumps(settings)) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _claim(folder: Path, settings: dict[str, Any], piece: int) -> None:

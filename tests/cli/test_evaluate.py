@@ -11,13 +11,14 @@ import pytest
 from cli.conftest import start_all
 from encoded import png
 
-from fdm_jax.cli.evaluate import _claim, _claimed
+from fdm_jax.cli.evaluate import _claim, _claimed, open_reference
 from fdm_jax.cli.main import main
 from fdm_jax.cli.sampling import load_model, load_with_guide
 from fdm_jax.errors import UserError
 from fdm_jax.evaluation import classifier
 from fdm_jax.evaluation.frechet import frechet_distance
 from fdm_jax.evaluation.moments import moments
+from fdm_jax.evaluation.references import Reference, save_reference
 
 RNG = np.random.default_rng(0)
 
@@ -125,6 +126,24 @@ def test_a_zip_and_a_folder(place, tmp_path):
         assert not (tmp_path / f"of-{name}" / "features").exists()
         values.append(result(tmp_path / f"of-{name}")["metrics"])
     assert values[0] == values[1]
+
+
+def test_figures_that_were_asked_for_one_by_one(place, tmp_path):
+    np.savez(tmp_path / "images.npz", image=RNG.integers(0, 256, (40, 8, 8, 1), np.uint8))
+    arguments = [f"--images={tmp_path}/images.npz", f"--out={tmp_path}/out"]
+    for metric in ("frechet", "kernel"):
+        assert evaluate(place, *arguments, f"--metrics={metric}") == 0
+    assert set(result(tmp_path / "out")["metrics"]) == {"frechet_distance", "kernel_distance"}
+
+
+def test_statistics_of_another_resolution_are_mentioned(tmp_path, capsys):
+    """Inception and DINOv2 take images of any size."""
+    save_reference(Reference(np.zeros(64), np.eye(64), None, {"resolution": 16}), tmp_path / "ref.npz")
+    open_reference(tmp_path / "ref.npz", "pixels", None, (8, 8, 1))
+    assert "are of images of 16x16, and these are 8x8" in capsys.readouterr().err
+    save_reference(Reference(np.zeros(64), np.eye(64), None, {"resolution": 8}), tmp_path / "ref.npz")
+    open_reference(tmp_path / "ref.npz", "pixels", None, (8, 8, 1))
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["folder", "images.npz"])
