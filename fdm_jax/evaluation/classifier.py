@@ -134,7 +134,8 @@ def save(classifier: Classifier, path: Path) -> None:
     fields = {f.name: getattr(classifier, f.name) for f in dataclasses.fields(classifier) if f.name != "params"}
     tensors = {"/".join(name): np.asarray(value) for name, value in flatten_dict(classifier.params).items()}
     metadata = {"format": FORMAT, "classifier": json.dumps(fields)}
-    write_whole(path, lambda temporary: safetensors.numpy.save_file(tensors, temporary, metadata=metadata))
+    content = safetensors.numpy.save(tensors, metadata)
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
 def load(path: Path) -> Classifier:

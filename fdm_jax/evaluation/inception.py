@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdm_jax.errors import UserError
-from fdm_jax.evaluation.weights import check_weights, reason_of, sha256, weights_of
+from fdm_jax.evaluation.weights import check_weights, sha256, weights_of
 from fdm_jax.interop.snapshots import import_torch
+from fdm_jax.whole_files import write_whole
 
 SIZE = 299
 CLASSES = 1008
@@ -262,18 +262,11 @@ def convert_inception(source: Path, out: Path) -> None:
         raise UserError(f"The converted file must end in .safetensors, and is {out}.")
     if out.exists():
         raise UserError(f"{out} is there already: delete it, or give another name.")
-    state = _read(source)
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        try:
-            save_file(state, temporary, metadata={"source": source.name, "source_sha256": sha256(source)})
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)  # there only if something went wrong
-    except Exception as error:  # safetensors has errors of its own for a full disk or a missing folder
-        raise UserError(f"{out} cannot be written: {reason_of(error)}.") from error
+    # One entry alone: of several the order is chance, and with it the checksum by which results know their weights.
+    content = save(_read(source), metadata={"source": f"{source.name}, sha256 {sha256(source)}"})
+    write_whole(out, lambda temporary: temporary.write_bytes(content))
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -149,9 +149,9 @@ def _load_safetensors(path: Path) -> Mapping[str, np.ndarray]:
 
 
 def _save_safetensors(state: Mapping[str, np.ndarray], path: Path) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    save_file(dict(state), path)
+    path.write_bytes(save(dict(state)))  # its own writing has errors of its own for a full disk or a missing folder
 
 
 def _load_torch(path: Path) -> Mapping[str, np.ndarray]:

@@ -133,8 +133,20 @@ def test_pth_is_converted_once_and_for_all(pth, state, file, tmp_path, monkeypat
 def test_conversion_that_cannot_be_written(pth, tmp_path):
     with pytest.raises(UserError, match="must end in .safetensors"):
         convert_inception(pth, tmp_path / "weights.npz")
-    with pytest.raises(UserError, match="missing/weights.safetensors cannot be written"):
-        convert_inception(pth, tmp_path / "missing" / "weights.safetensors")
+    with pytest.raises(UserError, match="weights.safetensors cannot be written"):
+        convert_inception(pth, pth / "weights.safetensors")
+
+
+def test_conversions_of_one_file_are_one(pth, tmp_path, monkeypatch):
+    """Statistics that were made with one of them are refused with weights of another checksum."""
+    monkeypatch.setattr(inception, "_read", lambda path: {"fc.bias": np.zeros(2, np.float32)})
+    checksums = set()
+    for i in range(20):  # the order of several entries would be chance
+        out = tmp_path / f"{i}.safetensors"
+        convert_inception(pth, out)
+        checksums.add(hashlib.sha256(out.read_bytes()).hexdigest())
+        out.unlink()
+    assert len(checksums) == 1
 
 
 def test_pth_without_torch(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Statistics files, extractors and the classifier: what goes in comes out, and what is wrong is said."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -101,6 +102,13 @@ def test_a_classifier_learns_and_its_features_have_a_scale_of_one(fitted, tmp_pa
     assert features.shape == (200, classifier.WIDTH) and logits.shape == (200, 2)
     np.testing.assert_allclose(features, fitted.apply(fitted.params, images)[0], atol=1e-4)
     assert 0.1 < np.median(features.std(axis=0)) < 10
+
+
+def test_a_classifier_that_cannot_be_written(fitted, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", Path("/proc")):  # where there is no such place, and where nobody may write
+        with pytest.raises(UserError, match="c.safetensors cannot be written"):
+            classifier.save(fitted, folder / "c.safetensors")
 
 
 def test_extractors_that_cannot_be_opened(fitted, tmp_path):
