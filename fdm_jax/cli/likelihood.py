@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
             f"The model makes {shape[0]}x{shape[1]}x{shape[2]}, and {spec.name} has images of "
             f"{spec.resolution}x{spec.resolution}x{spec.channels}."
         )
+    if spec.num_classes > experiment.num_classes:  # labels that it does not know would count as none
+        raise UserError(f"The model knows {experiment.num_classes} classes, and {spec.name} has {spec.num_classes}.")
     num = min(args.num or len(source), len(source))
     out = args.out or args.workdir / f"likelihood-{args.split.replace('/', '-')}.jsonl"
     record = Record(out, {

@@ -62,8 +62,8 @@ class Record:
         whole, _, torn = text.rpartition("\n")  # a kill may leave a line without its end
         try:
             first, *self.rows = [json.loads(line) for line in whole.splitlines()] or [{}]
-            before = first["settings"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            before = dict(first["settings"])
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.path} is there already and is not a file of results: give another --out."
             ) from error

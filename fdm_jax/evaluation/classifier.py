@@ -85,7 +85,7 @@ def fit(
     Raises:
       UserError: fewer than two classes.
     """
-    classes = int(labels.max()) + 1
+    classes = int(labels.max(initial=-1)) + 1
     if classes < 2:
         raise UserError(f"A classifier needs images of two classes or more, and {data} has {classes}.")
     network, shape = Network(classes), images.shape[1:]

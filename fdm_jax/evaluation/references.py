@@ -54,7 +54,7 @@ def load_reference(path: Path) -> Reference:
     """Read a file of ours or of EDM's format.
 
     Raises:
-      UserError: it is missing, has no mean or covariance, or they do not fit each other or are not finite.
+      UserError: it is missing, has no mean or covariance, or they and the features do not fit each other or are not finite.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
@@ -74,10 +74,16 @@ def load_reference(path: Path) -> Reference:
     if sigma.shape != (len(mu), len(mu)):
         raise UserError(f"The covariance of {path} is {list(sigma.shape)}, and its mean has {len(mu)} numbers.")
     try:
-        description = json.loads(str(arrays.get("description", "{}")))
-    except json.JSONDecodeError as error:
+        description = dict(json.loads(str(arrays.get("description", "{}"))))
+    except (ValueError, TypeError) as error:
         raise UserError(f"The description in {path} is damaged.") from error
-    return Reference(mu, sigma, arrays.get("features"), description, sha256(path))
+    features = arrays.get("features")
+    if features is not None and (features.ndim != 2 or features.shape[1] != len(mu) or features.dtype.kind != "f"):
+        raise UserError(
+            f"The features of {path} must be numbers [N, {len(mu)}], as many as the mean has, and are {features.dtype} "
+            f"{list(features.shape)}."
+        )
+    return Reference(mu, sigma, features, description, sha256(path))
 
 
 def check_fits(reference: Reference, extractor: Extractor, path: Path | str) -> None:

@@ -75,6 +75,13 @@ def test_other_data_of_the_same_name_is_refused(straight_run, tmp_path, capsys):
     assert "holds results made with another source" in capsys.readouterr().err
 
 
+def test_classes_that_the_model_does_not_know(straight_run, tmp_path, capsys):
+    (tmp_path / "0.png").write_bytes(png(np.zeros((8, 8), np.uint8)))
+    (tmp_path / "dataset.json").write_text('{"labels": [["0.png", 11]]}')
+    assert likelihood(straight_run, tmp_path / "bits.jsonl", "--split=train", f"--data={tmp_path}") == 2
+    assert "The model knows 10 classes, and " in capsys.readouterr().err
+
+
 def test_held_out_images_are_not_mirrored(data_dir):
     config = recipe("digits")
     config.data.update(data_dir=data_dir.partition("=")[2], xflip=True)
@@ -99,7 +106,8 @@ def test_bad_input(straight_run, tmp_path, capsys, argument, words):
 
 
 def test_a_file_that_is_something_else(straight_run, tmp_path, capsys):
-    (tmp_path / "notes.txt").write_text("not ours\n")
-    assert likelihood(straight_run, tmp_path / "notes.txt") == 2
-    assert "is not a file of results" in capsys.readouterr().err
-    assert (tmp_path / "notes.txt").read_text() == "not ours\n"
+    for content in ("not ours\n", '{"settings": 5}\n{}\n'):
+        (tmp_path / "notes.txt").write_text(content)
+        assert likelihood(straight_run, tmp_path / "notes.txt") == 2
+        assert "is not a file of results" in capsys.readouterr().err
+        assert (tmp_path / "notes.txt").read_text() == content

@@ -43,6 +43,8 @@ def test_the_authors_files_are_read(tmp_path):
         ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "sigma of .* must be finite"),
         ({"mu": np.zeros((3, 1)), "sigma": np.eye(3)}, "mu of .* must be finite numbers in 1 dimension"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "description": np.array("{")}, "description in .* is damaged"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "description": np.array("[1]")}, "description in .* is damaged"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "features": np.zeros(9)}, r"numbers \[N, 3\], .* are float64 \[9\]"),
     ],
 )
 def test_statistics_that_are_none(tmp_path, arrays, words):
@@ -125,5 +127,6 @@ def test_extractors_that_cannot_be_opened(fitted, tmp_path):
     ]:
         with pytest.raises(UserError, match=words):
             open_extractor(*arguments)
-    with pytest.raises(UserError, match="two classes or more"):
-        classifier.fit(np.zeros((4, *SHAPE), np.uint8), np.zeros(4, int), (None, None), "one")
+    for images in (4, 0):
+        with pytest.raises(UserError, match="two classes or more"):
+            classifier.fit(np.zeros((images, *SHAPE), np.uint8), np.zeros(images, int), (None, None), "one")
