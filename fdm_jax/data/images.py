@@ -6,9 +6,10 @@ changed.  :func:`decode_picture` and :func:`fit` are for preparing a data set fr
 
 from __future__ import annotations
 
-import functools
 import io
+import os
 import struct
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -39,10 +40,10 @@ class ImageShape(NamedTuple):
         return f"{self.width}x{self.height} with {self.channels} channel{'s' * (self.channels > 1)}"
 
 
-@functools.cache
-def image_extensions() -> frozenset[str]:
-    """The lower-case file extensions that Pillow knows, with their dots."""
-    return frozenset(PIL.Image.registered_extensions())
+def image_names(files: Iterable[str]) -> list[str]:
+    """Those that end like a kind of image that Pillow knows."""
+    extensions = PIL.Image.registered_extensions()
+    return [name for name in files if os.path.splitext(name)[1].lower() in extensions]
 
 
 def _shape(width: int, height: int, bits: int, colours: str, where: str) -> ImageShape:

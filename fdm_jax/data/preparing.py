@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import shutil
 from pathlib import Path
 
-from fdm_jax.data.archives import open_archive
+from fdm_jax.data.archives import LABELS_FILE, open_archive
 from fdm_jax.data.builders import BUILDERS, LocalImages, prepare
 from fdm_jax.data.cifar import read_cifar10
 from fdm_jax.data.idx import read_idx
+from fdm_jax.data.images import image_names
 from fdm_jax.data.prepared import PreparedSource, find_prepared
 from fdm_jax.data.raw import PictureOptions, RawData, read_pictures
 from fdm_jax.errors import UserError
@@ -67,27 +69,41 @@ def prepare_dataset(request: Request, data_dir: Path) -> tuple[Path, list[str]]:
     _check(request)
     options = {field: getattr(request, field) for field in ("resolution", "transform", "labels", "channels")}
     metadata = {"source": request.source.name, "classes": ",".join(request.classes), **options}
-    found = find_prepared(request.full_name, data_dir)
-    if found is not None:
-        before = PreparedSource(found, "all").metadata
-        changed = [field for field, value in metadata.items() if before.get(field) != value]
-        if changed:
-            raise UserError(
-                f"{request.full_name} is prepared already, with another {' and '.join(changed)}: delete {found} to make "
-                f"it anew{', or give another --name' if '/' in request.full_name else ''}."
-            )
-        return found, []
-    raw = _read(request)
-    _check_space(data_dir, sum(map(len, raw.splits.values())) * raw.resolution**2 * raw.channels)
     left_out: list[str] = []
+    found = find_prepared(request.full_name, data_dir)
+    if found is None:
+        raw = _read(request)
+        metadata["mark"] = _mark(request, raw)
+        _check_space(data_dir, sum(map(len, raw.splits.values())) * raw.resolution**2 * raw.channels)
 
-    def make_builder() -> LocalImages:
-        return BUILDERS[request.name](
-            raw=raw, metadata=metadata, threads=request.threads, skip_bad=request.skip_bad, left_out=left_out,
-            data_dir=str(data_dir), config=request.full_name.partition("/")[2] or None,
-        )  # fmt: skip
+        def make_builder() -> LocalImages:
+            return BUILDERS[request.name](
+                raw=raw, metadata=metadata, threads=request.threads, skip_bad=request.skip_bad, left_out=left_out,
+                data_dir=str(data_dir), config=request.full_name.partition("/")[2] or None,
+            )  # fmt: skip
 
-    return prepare(data_dir, request.full_name, make_builder), left_out
+        return prepare(data_dir, request.full_name, make_builder), left_out
+    before = PreparedSource(found, "all").metadata
+    changed = [field for field, value in metadata.items() if before.get(field) != value]
+    # The source may be gone, and sets of older versions of fdm_jax have no mark.
+    if "source" not in changed and "mark" in before and request.source.exists():
+        changed += ["source"] * (before["mark"] != _mark(request))
+    if changed:
+        raise UserError(
+            f"{request.full_name} is prepared already, with another {' and '.join(changed)}: delete {found} to make "
+            f"it anew{', or give another --name' if '/' in request.full_name else ''}."
+        )
+    return found, []
+
+
+def _mark(request: Request, raw: RawData | None = None) -> str:
+    """Tells sources of one name apart, such as cats/train and dogs/train, without reading all of their pictures."""
+    if request.name in ("cifar10", "mnist"):  # their folders may hold anything else; they are read in seconds
+        return (raw or _read(request)).checksum()
+    archive = open_archive(request.source)
+    files = archive.names()
+    labels = archive.read(LABELS_FILE) if LABELS_FILE in files else b""
+    return hashlib.sha256(archive.mark(image_names(files)).encode() + labels).hexdigest()
 
 
 def _check(request: Request) -> None:

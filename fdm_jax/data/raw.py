@@ -149,8 +149,7 @@ def read_pictures(
       UserError: there are no pictures, or no labels where they must be, or the first picture is bad.
     """
     files = archive.names()
-    extensions = image_files.image_extensions()
-    names = [name for name in files if "." in name and f".{name.rsplit('.', 1)[1].lower()}" in extensions]
+    names = image_files.image_names(files)
     parts = _split(archive, names, split_folders) if split_folders else {"train": ("", names)}
     if not any(inside for _, inside in parts.values()):
         raise UserError(f"{archive.path} holds no image files: put some there, such as img00000000.png.")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import operator
-import os
 import threading
 from collections.abc import Sequence
 
@@ -116,8 +115,7 @@ class FileSource(Source):
     def __init__(self, archive: Archive, *, use_labels: bool = True):
         self._archive = archive
         files = archive.names()
-        extensions = image_files.image_extensions()
-        self._names = [name for name in files if os.path.splitext(name)[1].lower() in extensions]
+        self._names = image_files.image_names(files)
         if not self._names:
             raise UserError(f"{archive.path} holds no image files: put some there, such as img00000000.png.")
         self._labels: np.ndarray = np.zeros(len(self._names), np.int32)

@@ -293,6 +293,43 @@ def test_prepared_twice(path, tmp_path, files, capfd):
         open_source("zip", data_dir=data_dir)
 
 
+@pytest.mark.parametrize("kind", ["zip", "dir"])
+@pytest.mark.parametrize("changed", ["00000/img00000001.png", "dataset.json"])
+def test_another_source_of_the_same_name_is_not_taken_for_the_first(path, tmp_path, files, kind, changed):
+    """Such as cats/train and dogs/train."""
+    data_dir, first = tmp_path / "data", path(files, kind)
+    folder = prepare_dataset(Request(name="zip", source=first), data_dir)[0]
+    elsewhere = tmp_path / "elsewhere" / first.name
+    elsewhere.parent.mkdir()
+    (shutil.copytree if first.is_dir() else shutil.copy)(first, elsewhere)
+    assert prepare_dataset(Request(name="zip", source=elsewhere), data_dir)[0] == folder
+    content = files[changed].replace(b"png", b"gif", 1)  # somewhere in it, and as long
+    other = files | {changed: content if changed == "dataset.json" else png(np.zeros((4, 4, 3), np.uint8))}
+    (shutil.rmtree if first.is_dir() else os.remove)(first)
+    assert path(other, kind) == first
+    with pytest.raises(UserError, match="zip/a is prepared already, with another source: delete"):
+        prepare_dataset(Request(name="zip", source=first), data_dir)
+    (shutil.rmtree if first.is_dir() else os.remove)(first)
+    assert prepare_dataset(Request(name="zip", source=first), data_dir)[0] == folder  # it is not needed any more
+
+
+def test_other_mnists_and_what_does_not_belong_to_a_source(path, tmp_path, pixels):
+    """torchvision puts MNIST and FashionMNIST into folders of one name."""
+    first, others = path(mnist_files()[1], name="MNIST/raw"), path(mnist_files()[1], name="FashionMNIST/raw")
+    folder = prepare_dataset(Request(name="mnist", source=first), tmp_path / "data")[0]
+    with pytest.raises(UserError, match="mnist is prepared already, with another source"):
+        prepare_dataset(Request(name="mnist", source=others), tmp_path / "data")
+    pictures = path({"1.png": png(pixels[0]), "2.png": png(pixels[1])}, name="pictures")
+    (pictures / "bad.png").symlink_to("nowhere")
+    request = Request(name="folder", source=pictures, skip_bad=True)
+    _, left_out = prepare_dataset(request, tmp_path / "data")
+    assert len(left_out) == 1
+    for where in (first, pictures):
+        (where / "notes.txt").symlink_to("nowhere")
+    assert prepare_dataset(Request(name="mnist", source=first), tmp_path / "data")[0] == folder
+    assert prepare_dataset(request, tmp_path / "data")[1] == []
+
+
 def test_failure_in_the_middle_leaves_nothing(path, tmp_path, files, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(LocalImages, "_download_and_prepare", lambda *_, **__: 1 / 0)
