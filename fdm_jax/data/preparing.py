@@ -82,18 +82,19 @@ def prepare_dataset(request: Request, data_dir: Path) -> tuple[Path, list[str]]:
                 data_dir=str(data_dir), config=request.full_name.partition("/")[2] or None,
             )  # fmt: skip
 
-        return prepare(data_dir, request.full_name, make_builder), left_out
+        found = prepare(data_dir, request.full_name, make_builder)
+    # Also of what was not there: another process may have been faster, with another source or other options.
     before = PreparedSource(found, "all").metadata
-    changed = [field for field, value in metadata.items() if before.get(field) != value]
+    changed = [field for field, value in metadata.items() if field != "mark" and before.get(field) != value]
     # The source may be gone, and sets of older versions of fdm_jax have no mark.
     if "source" not in changed and "mark" in before and request.source.exists():
-        changed += ["source"] * (before["mark"] != _mark(request))
+        changed += ["source"] * (before["mark"] != (metadata.get("mark") or _mark(request)))
     if changed:
         raise UserError(
             f"{request.full_name} is prepared already, with another {' and '.join(changed)}: delete {found} to make "
             f"it anew{', or give another --name' if '/' in request.full_name else ''}."
         )
-    return found, []
+    return found, left_out
 
 
 def _mark(request: Request, raw: RawData | None = None) -> str:

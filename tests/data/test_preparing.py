@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from encoded import png
 
+from fdm_jax.data import preparing
 from fdm_jax.data.builders import LocalImages
 from fdm_jax.data.export import write_zip
 from fdm_jax.data.opening import open_source
@@ -328,6 +329,23 @@ def test_other_mnists_and_what_does_not_belong_to_a_source(path, tmp_path, pixel
         (where / "notes.txt").symlink_to("nowhere")
     assert prepare_dataset(Request(name="mnist", source=first), tmp_path / "data")[0] == folder
     assert prepare_dataset(request, tmp_path / "data")[1] == []
+
+
+def test_two_that_prepare_different_things_under_one_name_at_once(path, tmp_path, files, pixels, monkeypatch):
+    data_dir, second = tmp_path / "data", path(files, name="b/a")
+    request = Request(name="zip", source=path(files, name="a"), labels="none")
+
+    def read_slowly(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr("fdm_jax.data.preparing.read_pictures", read)
+            prepare_dataset(request, data_dir)  # by the other process
+        return read(*args, **kwargs)
+
+    read = preparing.read_pictures
+    monkeypatch.setattr("fdm_jax.data.preparing.read_pictures", read_slowly)
+    with pytest.raises(UserError, match="zip/a is prepared already, with another labels"):
+        prepare_dataset(Request(name="zip", source=second), data_dir)
+    assert prepare_dataset(request, data_dir)[1] == []
 
 
 def test_failure_in_the_middle_leaves_nothing(path, tmp_path, files, monkeypatch):
