@@ -31,6 +31,8 @@ import numpy as np
 from fdm_jax.data.sources import Source
 from fdm_jax.errors import UserError
 
+_GRACE_SECONDS = 30  # what a worker has left after SIGTERM; Slurm and clouds give no more
+
 
 class _Order:
     """The endless sequence of dataset indices; any part of it can be had directly."""
@@ -84,10 +86,11 @@ class _Workers(Iterator[dict[str, np.ndarray]]):
         return self._pool.submit(_work, next(self._to_come))
 
     def __next__(self) -> dict[str, np.ndarray]:
-        self._waiting.append(self._submit())
         try:
+            self._waiting.append(self._submit())
             return self._waiting.popleft().result()
         except BrokenProcessPool as error:
+            self._pool.shutdown(wait=False)  # it has sent SIGTERM to the others, which take their time
             raise UserError(
                 "a process that reads data ended unexpectedly (for want of memory?): set --config.data.workers=0."
             ) from error
@@ -103,7 +106,10 @@ def _become_worker(read: _Reader) -> None:
     """What a worker process does first: keep the reader, and watch its parent, not to outlive it."""
     global _reader_of_worker
     _reader_of_worker = read
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
+    # Signals are the parent's to act on.  It may want batches until it has saved, and SIGTERM comes to whole groups of
+    # processes (from Slurm, systemd, timeout); but also from the pool itself, which then waits for the end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -254,6 +256,40 @@ def test_worker_processes_read_the_same_and_report_the_same():
         next(failing)
     assert failing.get_state()["batches"] == before
     failing.close()
+
+
+class ReadBy(Traced):
+    """The labels are the process's id."""
+
+    def read(self, indices):
+        time.sleep(0.05)  # for the other one to come to its turn
+        batch = super().read(indices)
+        return batch | {"label": np.full_like(batch["label"], os.getpid())}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_worker_processes_and_signals(signum):
+    """SIGTERM comes to all processes of a run, which then saves; SIGKILL to one that takes too much memory."""
+    data = batches(source=ReadBy(), num_workers=2)
+    workers = set()
+    while len(workers) < 2:
+        workers |= set(next(data)["label"].tolist())
+    stopped, now = data.batches, time.monotonic()
+    try:
+        for pid in workers if signum == signal.SIGTERM else list(workers)[:1]:
+            os.kill(pid, signum)
+        time.sleep(0.5)
+        if signum == signal.SIGTERM:
+            images = np.concatenate([next(data)["image"].ravel() for _ in range(20)])
+            np.testing.assert_array_equal(images, labels(batches(), stopped + 20)[stopped * G :])
+        else:
+            with pytest.raises(UserError, match="a process that reads data ended unexpectedly"):
+                labels(data, 20)
+            assert time.monotonic() - now < 10
+    finally:
+        for pid in filter(alive, workers):
+            os.kill(pid, signal.SIGKILL)
+        data.close()
 
 
 ORPHANS = """
