@@ -67,7 +67,12 @@ def _objects(path: Path) -> dict[str, dict[str, Any]]:
         found = filesystem().find(prefix, detail=True)
     except FileNotFoundError:  # no such bucket
         found = {}
-    objects = {name.removeprefix(prefix).lstrip("/"): info for name, info in found.items() if info["type"] == "file"}
+    objects = {
+        name.removeprefix(prefix).lstrip("/"): info
+        for name, info in found.items()
+        # Google's console and gcsfuse make an empty object for each folder.
+        if info["type"] == "file" and not (name.endswith("/") and not info["size"])
+    }
     if not objects:
         raise UserError(f"There is nothing at {path}: give the path of a data set, a zip or a folder in your bucket.")
     for name in objects:

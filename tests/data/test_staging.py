@@ -46,6 +46,8 @@ def test_zip_is_copied_once_and_again_when_it_changes(store, archives, files, ca
 def test_folder(store, archives, files):
     local = archives.dir(files)
     store.upload(pathlib.Path(local), "bucket", "sets/folder/")
+    for name in ("sets/folder/", "sets/folder/00000/"):  # as made in Google's console
+        store.put("bucket", name, b"")
     assert_alike(open_source("gs://bucket/sets/folder"), open_source(local))
 
 
