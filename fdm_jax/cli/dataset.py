@@ -147,14 +147,13 @@ def prepare(args: argparse.Namespace) -> int:
 
 def _open(args: argparse.Namespace, cache_mb: int = 0) -> Source:
     """The source with its labels, if it has any."""
+    from fdm_jax.data.labels import NoLabelsError
     from fdm_jax.data.opening import open_source
 
     options: dict[str, Any] = {"split": args.split, "data_dir": args.data_dir, "cache_mb": cache_mb}
     try:
         return open_source(args.source, **options)
-    except UserError as error:
-        if "labels" not in str(error):
-            raise
+    except NoLabelsError:
         return open_source(args.source, use_labels=False, **options)
 
 

@@ -22,6 +22,10 @@ KINDS = ("auto", "json", "folders", "none", "edm")
 _NUMBERED = re.compile(r"\d{5}")  # folders that only keep directories small, in EDM's layout and in FFHQ's
 
 
+class NoLabelsError(UserError):
+    """There are none, as opposed to some that are not right."""
+
+
 class Labels(NamedTuple):
     """A class for every image: ``classes`` int32 [N], and the names of the classes, or () if they have none."""
 
@@ -77,7 +81,7 @@ def read_labels(archive: Archive, files: Sequence[str], images: Sequence[str]) -
     """
     where = f"{LABELS_FILE} in {archive.path}"
     if LABELS_FILE not in files:
-        raise UserError(f"{LABELS_FILE}, which holds the labels, is missing from {archive.path}: add it, {_WITHOUT}")
+        raise NoLabelsError(f"{LABELS_FILE}, which holds the labels, is missing from {archive.path}: add it, {_WITHOUT}")
     content = _read_json(archive)
     labels = _labels_by_name(_pairs(content, where), where)
     present = set(images)
@@ -127,7 +131,7 @@ def _pairs(content: dict[str, Any], where: str) -> list[object]:
     if "labels" not in content:
         raise UserError(f'{where} has no "labels": it should read {{"labels": [[file name, class], ...]}}.')
     if content["labels"] is None:
-        raise UserError(f'{where} holds "labels": null, so there are no labels: add them, {_WITHOUT}')
+        raise NoLabelsError(f'{where} holds "labels": null, so there are no labels: add them, {_WITHOUT}')
     if not isinstance(content["labels"], list):
         raise UserError(f'"labels" of {where} should be a list of [file name, class], not {_short(content["labels"])}.')
     return content["labels"]

@@ -95,6 +95,16 @@ def test_statistics_of_three_channels_without_classes(archives_zip, capsys):
     assert "no classes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("labels, sentence", [("[]", "no label for a.png"), ('[["a.png", "cat"]]', "whole number")])
+def test_labels_that_are_not_right_are_not_left_out_in_silence(archives_zip, tmp_path, capsys, labels, sentence):
+    files = {"a.png": png(IMAGES[0, ..., 0]), "dataset.json": f'{{"labels": {labels}}}'.encode()}
+    assert fdm("export", archives_zip(files), f"--out={tmp_path / 'out.zip'}") == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "out.zip").exists()
+    for content in ({}, {"dataset.json": b'{"labels": null}'}):
+        assert fdm("stats", archives_zip({"a.png": files["a.png"]} | content)) == 0
+        assert "no classes" in capsys.readouterr().out
+
+
 @pytest.fixture
 def archives_zip(tmp_path):
     import zipfile
