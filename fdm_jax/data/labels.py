@@ -81,7 +81,9 @@ def read_labels(archive: Archive, files: Sequence[str], images: Sequence[str]) -
     """
     where = f"{LABELS_FILE} in {archive.path}"
     if LABELS_FILE not in files:
-        raise NoLabelsError(f"{LABELS_FILE}, which holds the labels, is missing from {archive.path}: add it, {_WITHOUT}")
+        raise NoLabelsError(
+            f"{LABELS_FILE}, which holds the labels, is missing from {archive.path}: add it, {_WITHOUT}"
+        )
     content = _read_json(archive)
     labels = _labels_by_name(_pairs(content, where), where)
     present = set(images)

@@ -73,6 +73,13 @@ def prepare_dataset(request: Request, data_dir: Path) -> tuple[Path, list[str]]:
     found = find_prepared(request.full_name, data_dir)
     if found is None:
         raw = _read(request)
+        for name in raw.class_names:
+            # TFDS writes one a line in UTF-8, and leaves out empty ones when it reads: the others would move up.
+            if not name or name != name.strip() or re.search("[\r\n\ud800-\udfff]", name):
+                raise UserError(
+                    f"{request.source} has a class called {name!r}, which cannot be kept so: rename it, or name all of "
+                    "them with --classes."
+                )
         metadata["mark"] = _mark(request, raw)
         _check_space(data_dir, sum(map(len, raw.splits.values())) * raw.resolution**2 * raw.channels)
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -124,6 +125,14 @@ def test_names_of_classes(path, tmp_path, files):
     refused("has no label", tmp_path / "x", "zip", path(files | {"new.png": png(np.zeros((4, 4, 3), np.uint8))}))
     refused("--classes must be different words", tmp_path / "x", "zip", own, classes=("r", "r"))
     refused("has no labels: leave it out", tmp_path / "x", "zip", own, classes=("r", "s"), labels="none")
+
+
+@pytest.mark.parametrize("name", ["", " ", "dog ", "a\nb", "a\rb", os.fsdecode(b"caf\xe9")])
+def test_names_of_classes_that_would_be_read_back_as_others(path, tmp_path, files, name):
+    content = json.loads(files["dataset.json"]) | {"class_names": ["cat", name, "dog"]}
+    source = path(files | {"dataset.json": json.dumps(content).encode()}, "zip")
+    refused(re.escape(f"has a class called {name!r}, which"), tmp_path / "data", "zip", source)
+    assert prepared(tmp_path / "data", "zip", source, classes=("cat", "wild cat", "dog")).spec.num_classes == 3
 
 
 def test_ffhq64(path, tmp_path):
