@@ -96,7 +96,7 @@ def _is_hidden(name: str) -> bool:
 
 
 class FolderArchive:
-    """The files below a folder, at any depth."""
+    """The files below a folder, at any depth, also where links lead to folders."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -105,8 +105,18 @@ class FolderArchive:
         def fail(error: OSError) -> None:  # os.walk would pass over a folder that it cannot list
             raise UserError(f"{error.filename} cannot be listed ({error.strerror}).") from error
 
-        found = []
-        for folder, _, files in os.walk(self.path, onerror=fail):
+        found: list[str] = []
+        # Folder -> itself and all above it, without links.
+        within: dict[str, tuple[str, ...]] = {os.fspath(self.path): (os.path.realpath(self.path),)}
+        for folder, folders, files in os.walk(self.path, onerror=fail, followlinks=True):
+            above = within.pop(folder)
+            for name in list(folders):
+                path = os.path.join(folder, name)
+                real = os.path.realpath(path) if os.path.islink(path) else os.path.join(above[-1], name)
+                if _is_hidden(name) or real in above:  # a link back up leads to nothing new, for ever
+                    folders.remove(name)
+                else:
+                    within[path] = (*above, real)
             found += [Path(folder, file).relative_to(self.path).as_posix() for file in files]
         return sorted(name for name in found if not _is_hidden(name))
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import PIL.Image
 import pytest
+from encoded import png
 
 from fdm_jax.data.archives import open_archive
 from fdm_jax.data.opening import open_source
@@ -50,6 +51,19 @@ def test_files_at_any_depth_of_any_known_kind_and_nothing_else(archives, pixels,
     batch = source.read([0, 1, 2])
     np.testing.assert_array_equal(batch["image"][..., 0], grey[[2, 0, 1]])
     assert batch["image"].shape == (3, 4, 4, 1) and not batch["label"].any()
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(archives, pixels, tmp_path):
+    path = archives.dir({"cat/1.png": png(pixels[0])})
+    archives.dir({"2.png": png(pixels[1]), "deep/3.png": png(pixels[2])}, "elsewhere")
+    (tmp_path / "a" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a" / "owl").symlink_to("../elsewhere/deep")  # twice the same picture, but no circle
+    source = open_source(path)
+    assert source.spec.class_names == ("cat", "dog", "owl")
+    np.testing.assert_array_equal(source.read(range(4))["image"], pixels[[0, 1, 2, 2]])
+    (tmp_path / "elsewhere" / "deep" / "again").symlink_to("..")
+    (tmp_path / "a" / "cat" / "up").symlink_to(tmp_path / "a")
+    assert open_archive(path).names() == ["cat/1.png", "dog/2.png", "dog/deep/3.png", "owl/3.png", "owl/again/2.png"]
 
 
 def test_labels_written_with_backslashes(archives, files, pixels):
