@@ -52,7 +52,7 @@ class PreparedSource(Source):
 
     Raises:
       UserError: there is no such split, files are missing or damaged, or the examples are not an ``image`` of
-        one square size with at most one ``label``.
+        bytes of one square size with at most one ``label``, a class.
     """
 
     def __init__(self, folder: Path, split: str = "train"):
@@ -62,9 +62,15 @@ class PreparedSource(Source):
         features = dict(info.features or {})
         image, label = features.get("image"), features.get("label")
         shape = None if image is None else image.shape
-        if shape is None or len(shape) != 3 or shape[0] != shape[1] or shape[0] is None or shape[2] not in (1, 3):
+        if not (image and shape and len(shape) == 3 and shape[0] == shape[1] and shape[0] and shape[2] in (1, 3)):
             raise UserError(
                 f"{folder} has no image feature of one square size with 1 or 3 channels (it is {shape}): "
+                "prepare it with `fdm dataset prepare`."
+            )
+        pixels = np.dtype(image.np_dtype)
+        if pixels != np.uint8 or (label is not None and not getattr(label, "num_classes", None)):
+            raise UserError(
+                f"{folder} has images of {pixels}, or labels that are no classes, and not bytes and TFDS's ClassLabel: "
                 "prepare it with `fdm dataset prepare`."
             )
         try:
