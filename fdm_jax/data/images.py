@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -27,6 +28,7 @@ _PIL_COLOURS = {"P": "palette", "LA": "grey with alpha", "RGBA": "RGB with alpha
 _PIL_BITS = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I;16N": 16, "I": 32, "F": 32}
 _CHANNELS = {"grey": 1, "RGB": 3}
 _PIL_MODES = {1: "L", 3: "RGB"}
+_RAW_16_BITS = re.compile("I;16|;16[BLN]")  # in PNG and TIFF files, of which Pillow reads RGB as 8-bit without a word
 _MAX_PIXELS = 2**26  # more are a bomb, or no picture for a diffusion model
 TRANSFORMS = ("none", "center-crop")
 
@@ -96,8 +98,6 @@ def decode_picture(data: bytes, where: str, channels: int | None = None) -> np.n
     Raises:
       UserError: the bytes are no whole image, or it has transparent, CMYK or more than 8-bit pixels.
     """
-    if data.startswith(_PNG_SIGNATURE) and len(data) > 24 and data[24] == 16:  # Pillow reads 16-bit RGB as 8-bit
-        raise UserError(f"{where} has 16-bit pixels: convert it to 8 bits per channel.")
     image = _open(data, where)
     if _PIL_BITS.get(image.mode, 8) > 8:
         raise UserError(f"{where} has {_PIL_BITS[image.mode]}-bit pixels: convert it to 8 bits per channel.")
@@ -106,7 +106,7 @@ def decode_picture(data: bytes, where: str, channels: int | None = None) -> np.n
     except Exception as error:  # Pillow parses these data only now
         raise UserError(f"{where} has damaged EXIF data.") from error
     if image.has_transparency_data:
-        image = image.convert("LA" if image.mode == "LA" else "RGBA")
+        image = image.convert("LA" if image.mode in ("L", "LA") else "RGBA")
         if image.getextrema()[-1] != (255, 255):  # type: ignore[comparison-overlap]
             raise UserError(f"{where} has transparent pixels, which have no colour: put it on a background.")
         image = image.convert("L" if image.mode == "LA" else "RGB")
@@ -158,7 +158,8 @@ def _open(data: bytes, where: str) -> PIL.Image.Image:
     try:
         image = PIL.Image.open(io.BytesIO(data))
         large = image.width * image.height > _MAX_PIXELS
-        if not large:
+        deep = any(_RAW_16_BITS.search(str(tile[3])) for tile in image.tile)
+        if not large and not deep:
             image.load()
     except PIL.Image.DecompressionBombError:
         large = True
@@ -166,4 +167,6 @@ def _open(data: bytes, where: str) -> PIL.Image.Image:
         raise UserError(f"{where} is not a readable image (it is damaged or of an unknown kind).") from error
     if large:
         raise UserError(f"{where} claims more than {_MAX_PIXELS:,} pixels: it is not to be trusted, or too large.")
+    if deep:
+        raise UserError(f"{where} has 16-bit pixels: convert it to 8 bits per channel.")
     return image

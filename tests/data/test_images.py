@@ -1,6 +1,7 @@
 """Pictures of all kinds become uint8 [R, R, C], or are refused with the reason."""
 
 import io
+import struct
 
 import numpy as np
 import PIL.Image
@@ -11,6 +12,7 @@ from fdm_jax.errors import UserError
 
 RNG = np.random.RandomState(0)
 GREY, RGB = RNG.randint(0, 256, (6, 4), np.uint8), RNG.randint(0, 256, (6, 4, 3), np.uint8)
+UNUSED = min({*range(256)} - {*GREY.flat})
 
 
 def encoded(pixels, mode=None, kind="png", **options):
@@ -18,6 +20,14 @@ def encoded(pixels, mode=None, kind="png", **options):
     image = pixels if isinstance(pixels, PIL.Image.Image) else PIL.Image.fromarray(pixels, mode)
     image.save(out, kind, **options)
     return out.getvalue()
+
+
+def tiff16():
+    """A 2x2 RGB TIFF of 16 bits per channel, which Pillow reads as 8-bit."""
+    tags = {256: 2, 257: 2, 258: 122, 259: 1, 262: 2, 273: 128, 277: 3, 278: 2, 279: 24}
+    entries = [struct.pack("<HHII", tag, 3, 3 if tag == 258 else 1, value) for tag, value in tags.items()]
+    head = b"II*\0\10\0\0\0" + struct.pack("<H", len(tags)) + b"".join(entries)
+    return head + bytes(4) + struct.pack("<3H", 16, 16, 16) + bytes(range(24))
 
 
 def alpha(pixels, value):
@@ -35,6 +45,7 @@ def alpha(pixels, value):
         (encoded(RGB, kind="webp", lossless=True), RGB),
         (encoded(alpha(RGB, 255)), RGB),
         (encoded(alpha(GREY, 255)), GREY[..., None]),
+        (encoded(GREY, transparency=UNUSED), GREY[..., None]),
         (encoded(PIL.Image.fromarray(GREY > 127)), np.where(GREY > 127, 255, 0)[..., None]),
         # 24 colours: a palette holds them all.
         (encoded(PIL.Image.fromarray(RGB).quantize(256, PIL.Image.Quantize.FASTOCTREE), kind="gif"), None),
@@ -79,6 +90,7 @@ def test_exif_orientation():
         (encoded(PIL.Image.new("CMYK", (4, 4)), kind="tiff"), "CMYK pixels"),
         (encoded(PIL.Image.new("CMYK", (4, 4)), kind="jpeg"), "CMYK pixels"),
         (encoded(np.zeros((4, 4), np.uint16)), "16-bit"),
+        (tiff16(), "16-bit"),
         (encoded(np.zeros((4, 4), np.float32), kind="tiff"), "32-bit"),
         (encoded(RGB)[:16] + b"\0\1\0\0" * 2 + encoded(RGB)[24:], "not a readable image|claims more than"),
     ],
