@@ -24,7 +24,7 @@ def data_root(data_dir: str | os.PathLike[str] | None) -> Path:
     Raises:
       UserError: see :func:`fdm_jax.whole_files.place`.
     """
-    return place(data_dir).expanduser() if data_dir else default_data_dir()
+    return place(data_dir) if data_dir else default_data_dir()
 
 
 def writable_data_root(data_dir: str | os.PathLike[str] | None) -> Path:

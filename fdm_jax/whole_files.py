@@ -33,15 +33,27 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(_REMOTE)
 
 
+def local(text: str) -> Path:
+    """A local path; shells leave the `~` of ``--workdir=~/runs`` to the program.
+
+    Raises:
+      UserError: it begins with the name of a user who is not known.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text} cannot be found: the home of its user is not known here.") from error
+
+
 def place(path: str | os.PathLike[str]) -> Path:
     """A local path, or one that begins with gs://; `~` is the user's home.
 
     Raises:
-      UserError: it begins with another such word, has no bucket, or gcsfs is not installed.
+      UserError: it begins with another such word, has no bucket, or gcsfs is not installed; see also :func:`local`.
     """
     text = os.fspath(path)
     if "://" not in text:
-        return Path(text)
+        return local(text)
     if not is_remote(text):
         raise UserError(f"{text} cannot be used: give a local path, or one on Google Cloud Storage (gs://BUCKET/NAME).")
     if not text.removeprefix(_REMOTE).partition("/")[0]:

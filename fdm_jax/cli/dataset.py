@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax.user_dirs import default_data_dir
 
     logging.set_verbosity(logging.ERROR)  # TFDS warns of every data set that is not of its own catalogue
-    args.data_dir = (args.data_dir or default_data_dir()).expanduser()
+    args.data_dir = args.data_dir or default_data_dir()
     return args.act(args)
 
 
@@ -118,9 +118,7 @@ def prepare(args: argparse.Namespace) -> int:
 
     options = ("name", "config", "resolution", "transform", "labels", "channels", "skip_bad", "threads")
     classes = tuple(word.strip() for word in args.classes.split(",")) if args.classes else ()
-    request = Request(
-        source=args.source.expanduser(), classes=classes, **{option: getattr(args, option) for option in options}
-    )
+    request = Request(source=args.source, classes=classes, **{option: getattr(args, option) for option in options})
     before = find_prepared(request.full_name, args.data_dir)
     began = time.monotonic()
     try:
@@ -199,7 +197,7 @@ def export(args: argparse.Namespace) -> int:
 
     source = _open(args)
     progress = Progress(len(source), 0)
-    write_zip(source, args.out.expanduser(), progress.advance)
+    write_zip(source, args.out, progress.advance)
     progress.close()
     print(f"{source.spec}, in {args.out}.")
     return 0

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
     read_config(args.workdir)
-    description = export_model(args.workdir.expanduser(), args.out.expanduser(), args.format, args.checkpoint)
+    description = export_model(args.workdir, args.out, args.format, args.checkpoint)
     print(
         f"{description['preconditioning']['class']} of step {description['checkpoint']:,} in {args.out}, "
         f"described in {args.out.name}.json."

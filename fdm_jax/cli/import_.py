@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax.interop.files import import_model
 
     logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
-    model = import_model(args.file.expanduser(), args.workdir.expanduser())
+    model = import_model(args.file, args.workdir)
     family, network = model.config["family"]["name"].upper(), model.network
     momentum = model.family.momentum
     kind = f"{family}-FDM with multiplier {momentum.multiplier:g}" if momentum else family

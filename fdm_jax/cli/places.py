@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from fdm_jax.errors import UserError
-from fdm_jax.whole_files import place
+from fdm_jax.whole_files import local, place
 
 
 def path_argument(text: str) -> Path:
     """A local path, for argparse.  An empty one would be the current folder: an unset variable of a shell."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty; if it is a variable of the shell, it is not set.")
-    return Path(text)
+    return _read(text, local)
 
 
 def place_argument(text: str) -> Path:
-    """A local path or one that begins with gs://; for argparse, which would keep the sentence of a UserError to itself."""
-    path_argument(text)
+    """A local path or one that begins with gs://, for argparse."""
+    return _read(text, place)
+
+
+def _read(text: str, read: Callable[[str], Path]) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty; if it is a variable of the shell, it is not set.")
     try:
-        return place(text)
-    except UserError as error:
+        return read(text)
+    except UserError as error:  # which argparse would keep to itself
         raise argparse.ArgumentTypeError(str(error)) from error
 
 

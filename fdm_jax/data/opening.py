@@ -67,7 +67,7 @@ def open_source(
 def _open(name: str, split: str, data_dir: Path, use_labels: bool) -> Source:
     from fdm_jax.data.prepared import PreparedSource, find_prepared
 
-    path = place(name).expanduser()
+    path = place(name)
     if is_remote(path):
         path = local_copy(find_prepared(path.name, path.parent) or path)
     known = name.split("/")[0] in NAMES

@@ -97,10 +97,10 @@ def _held_out(experiment: Experiment, mesh: Mesh) -> DenoisingError:
 def _frechet(
     experiment: Experiment, mesh: Mesh
 ) -> tuple[Callable[[Any, Callable[[], bool]], dict[str, float] | None], str]:
-    config, path = experiment.config.eval, place(experiment.config.eval.ref).expanduser()
+    config, path = experiment.config.eval, place(experiment.config.eval.ref)
     reference = load_reference(local_copy(path))
     kind = config.extractor or reference.description.get("extractor", "inception")
-    weights = local_copy(place(config.weights).expanduser()) if config.weights else None
+    weights = local_copy(place(config.weights)) if config.weights else None
     extractor = open_extractor(kind, weights, experiment.image_shape)
     check_fits(reference, extractor, path)
     if config.num_images < 2:

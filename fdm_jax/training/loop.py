@@ -143,7 +143,7 @@ class _Run:
         if restored is None:
             state = init()
             if self.config.init_from:
-                state = self._with_weights_of(state, place(self.config.init_from).expanduser())
+                state = self._with_weights_of(state, place(self.config.init_from))
             if self.main:
                 overview = clu.parameter_overview.get_parameter_overview(state.params, include_stats=False)
                 write_text(self.workdir / "parameters.txt", overview + "\n")

@@ -6,7 +6,7 @@ import zipfile
 import pytest
 import tiny
 
-from fdm_jax.cli.main import main
+from fdm_jax.cli.main import main, parse
 
 
 def refused(capsys, arguments, started=False):
@@ -68,6 +68,18 @@ def test_an_empty_path_is_not_the_current_folder(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2 and "the path is empty" in capsys.readouterr().err
+
+
+def test_paths_in_a_home(capsys, monkeypatch):
+    """Bash leaves the ~ of --workdir=~/runs as it is, which made a folder called ~."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(parse(["train", "--config=edm.py", "--workdir=~/runs"]).workdir) == "/home/me/runs"
+    assert str(parse(["dataset", "stats", "digits", "--out=~/grid.png"]).out) == "/home/me/grid.png"
+    sentence = "~nobody-is-called-so/x cannot be found: the home of its user is not known here"
+    assert sentence in refused(capsys, ["dataset", "stats", "~nobody-is-called-so/x"])
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--config=edm.py", "--workdir=~nobody-is-called-so/x"])
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argument", ["--wrkdir=3", "--dry"])
