@@ -126,9 +126,7 @@ def prepare(args: argparse.Namespace) -> int:
     except OSError as error:
         if disk_full(error):
             raise
-        raise UserError(
-            f"{request.full_name} cannot be prepared in {args.data_dir} ({error.strerror or error})."
-        ) from error
+        raise UserError(f"{request.full_name} cannot be prepared in {args.data_dir}: {error}.") from error
     for sentence in left_out[:20]:
         print(f"Left out: {sentence}", file=sys.stderr)
     if left_out:

@@ -53,7 +53,10 @@ def open_source(
     Raises:
       UserError: the data set is unknown, not prepared, missing, damaged or not of the kind described above.
     """
-    opened = _open(os.fspath(source), split, data_root(data_dir), use_labels)
+    try:
+        opened = _open(os.fspath(source), split, data_root(data_dir), use_labels)
+    except PermissionError as error:
+        raise UserError(f"{error.filename or source} cannot be read or written ({error.strerror or error}).") from error
     if not use_labels:
         opened = Unlabelled(opened)
     if max_images is not None:

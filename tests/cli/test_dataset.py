@@ -1,6 +1,8 @@
 """`fdm dataset`: what it prints, writes and refuses, and training on what it made."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import PIL.Image
@@ -160,7 +162,20 @@ def test_bad_input(capsys, tmp_path, monkeypatch, arguments, sentence):
 def test_data_dir_that_cannot_be_written(capsys, photos, tmp_path):
     (tmp_path / "file").write_text("")
     assert fdm("prepare", "folder", f"--source={photos}", f"--data_dir={tmp_path / 'file'}") == 2
-    assert "folder/photos cannot be prepared in" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "folder/photos cannot be prepared in" in said and f"'{tmp_path / 'file'}" in said
+
+
+def test_sources_that_may_not_be_read(capsys, photos, tmp_path, monkeypatch):
+    def closed(path):  # root, as whom tests may run, may read anything
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("fdm_jax.data.opening.open_archive", closed)
+    monkeypatch.setattr("fdm_jax.data.preparing.open_archive", closed)
+    assert fdm("stats", photos) == 2
+    assert f"{photos} cannot be read or written (Permission denied)." in capsys.readouterr().err
+    assert fdm("prepare", "folder", f"--source={photos}", f"--data_dir={tmp_path}") == 2
+    assert str(photos) in capsys.readouterr().err
 
 
 def test_digits_prepare_themselves(capsys, tmp_path):
