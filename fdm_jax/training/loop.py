@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import clu.parameter_overview
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from fdm_jax import pictures
 from fdm_jax.data.pipeline import Batches, make_batches
@@ -89,6 +92,7 @@ class _Run:
             keep_best=self.config.eval.every_images > 0,
         )
         self._check_config()
+        _check_data(source)
         self.evaluator = Evaluator(experiment, self.mesh) if self.config.eval.every_images else None
         self.batches: Batches = make_batches(
             source,
@@ -333,6 +337,18 @@ class _Run:
         make_folder(self.workdir / "samples")
         pictures.save_png(grid, self.workdir / "samples" / f"{nimg:012d}.png")
         writers.image("samples", np.asarray(grid.convert("RGB")), nimg)
+
+
+def _check_data(source: Source) -> None:
+    """Refuse different data in different processes, such as copies on their hosts: each would have an order of its own."""
+    if jax.process_count() == 1:
+        return
+    spec = dataclasses.replace(source.spec, name="", class_names=None)
+    some = source.read(np.linspace(0, len(source) - 1, 16).astype(np.int64))
+    digest = hashlib.sha256(repr(spec).encode() + some["image"].tobytes() + some["label"].tobytes()).digest()
+    ours = np.frombuffer(digest, np.uint8)
+    if (multihost_utils.process_allgather(ours) != ours).any():
+        raise UserError(f"The processes have different data ({source.spec} in this one): give all of them the same.")
 
 
 def _summary(step: int, nimg: int, rows: list[dict[str, float]]) -> dict[str, float]:

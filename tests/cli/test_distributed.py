@@ -77,6 +77,14 @@ def test_bereaved_processes(data_dir, tmp_path):
     assert_same_losses(workdir, straight)
 
 
+def test_different_data_in_two_processes(data_dir, tmp_path):
+    """As if one host had a picture fewer; each would shuffle in an order of its own."""
+    arguments = [tiny.arguments(tmp_path / "run", data_dir, f"--config.data.max_images={n}") for n in (40, 39)]
+    said = finish(start_all(arguments[0], 2, others=arguments[1]), [2, 2])
+    for text, count in zip(said, (40, 39), strict=True):
+        assert f"The processes have different data (digits, {count} images of 8x8x1" in text
+
+
 def test_generated_by_two_processes(straight_run, tmp_path):
     more = ["--seeds=0-9", "--steps=3", "--batch=4"]
     assert main(["generate", f"--workdir={straight_run}", f"--out={tmp_path}/one.png", *more]) == 0
