@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import lzma
 import os
 import zipfile
 import zlib
@@ -162,7 +163,11 @@ class ZipArchive:
         if self._opened is None or self._opened[0] != os.getpid():
             try:
                 self._opened = os.getpid(), zipfile.ZipFile(self.path)
-            except zipfile.BadZipFile as error:
+            except (
+                zipfile.BadZipFile,
+                NotImplementedError,
+                ValueError,
+            ) as error:  # the others: of unknown versions or text
                 raise UserError(
                     f"{self.path} is not a zip file, or a damaged or incomplete one ({error}): "
                     "give a zip or folder in EDM's layout, and copy it again if it should be sound."
@@ -183,7 +188,7 @@ class ZipArchive:
                 return file.read(size)
         except KeyError as error:
             raise UserError(f"{name} is missing from {self.path}.") from error
-        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
             # RuntimeError: the entry is encrypted; or, as NotImplementedError, packed in an unknown way.
             raise UserError(f"{name} in {self.path} cannot be read ({error}): is the zip damaged?") from error
 

@@ -133,7 +133,8 @@ def _parse_pickle(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
         content = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
         pixels, labels = content[b"data"], content[b"labels"]
     except Exception as error:  # damaged pickles make the unpickler raise nearly anything
-        raise UserError(f"{where} is not a batch of CIFAR-10, or a damaged one ({error}).") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where} is not a batch of CIFAR-10, or a damaged one ({reason}).") from error
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
         raise UserError(f"{where} has no array of {_PIXELS} bytes per image, so it is not a batch of CIFAR-10.")
     if not isinstance(labels, list) or len(labels) != len(pixels) or not all(type(i) is int for i in labels):

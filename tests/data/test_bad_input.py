@@ -4,6 +4,7 @@ import io
 import json
 import re
 import struct
+import zipfile
 import zlib
 
 import numpy as np
@@ -66,6 +67,19 @@ def test_damaged_entry_of_a_zip(tmp_path, archives, files):
     data[start + len(files[SECOND]) - 20] ^= 0xFF  # in the compressed pixels: only the checksum can tell
     (tmp_path / "a.zip").write_bytes(data)
     fails([SECOND, path, "cannot be read", "CRC"], path)
+
+
+def test_zips_that_cannot_be_unpacked(tmp_path, files):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as out:
+        out.writestr(SECOND, files[SECOND])
+    whole = path.read_bytes()
+    start = whole.index(SECOND.encode()) + len(SECOND)
+    path.write_bytes(whole[: start + 12] + bytes(8) + whole[start + 20 :])
+    fails([SECOND, "cannot be read", "is the zip damaged?"], path, use_labels=False)
+    directory = whole.index(b"PK\1\2")  # where, at 6, the version stands that is needed to unpack
+    path.write_bytes(whole[: directory + 6] + b"\xfa" + whole[directory + 7 :])
+    fails(["a.zip is not a zip file, or a damaged or incomplete one (zip file version 25.0)"], path)
 
 
 @pytest.mark.parametrize("kind", ["zip", "dir"])
