@@ -104,4 +104,4 @@ def _builder(data_dir: Path) -> Digits:
         # This reads dataset_info.json if it is there.
         return Digits(data_dir=str(data_dir), file_format="array_record")
     except Exception as error:
-        raise damaged(data_dir / "digits" / str(Digits.VERSION)) from error
+        raise damaged(data_dir / "digits" / str(Digits.VERSION), error) from error

@@ -107,7 +107,7 @@ class PreparedSource(Source):
         try:
             return tfds.builder_from_directory(os.fspath(self._folder))
         except Exception as error:  # whatever TFDS makes of missing or damaged files
-            raise damaged(self._folder) from error
+            raise damaged(self._folder, error) from error
 
     @functools.cached_property
     def _records(self) -> Any:
@@ -130,7 +130,7 @@ class PreparedSource(Source):
                 images[row] = example["image"]
                 labels[row] = example.get("label", 0)
         except Exception as error:  # whatever TFDS and array_record make of missing or damaged files
-            raise damaged(self._folder) from error
+            raise damaged(self._folder, error) from error
         return {"image": images, "label": labels}
 
 
@@ -138,6 +138,10 @@ def _splits(info: Any) -> str:
     return ", ".join([*info.splits, "all"])
 
 
-def damaged(folder: Path) -> UserError:
-    """What to say of a folder whose files cannot be read."""
-    return UserError(f"the prepared data set in {folder} is damaged: delete that folder and prepare it again.")
+def damaged(folder: Path, error: Exception) -> UserError:
+    """What to say of a folder whose files cannot be read; it need not be their fault, but want of rights or memory."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(
+        f"the prepared data set in {folder} cannot be read ({reason}): if it is damaged, delete that folder and prepare "
+        "it again."
+    )

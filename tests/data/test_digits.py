@@ -120,5 +120,7 @@ def test_damaged_files_are_named(tmp_path, name):
     prepare_digits(tmp_path)
     path = tmp_path / "digits" / "1.0.0" / name
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"data set in .*1\.0\.0 is damaged: delete that folder"):
+    with pytest.raises(
+        UserError, match=r"data set in .*1\.0\.0 cannot be read .*: if it is damaged, delete that folder"
+    ):
         load_digits_arrays("train", tmp_path)

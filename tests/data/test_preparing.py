@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -392,8 +393,22 @@ def test_killed_in_the_middle_and_begun_again(path, tmp_path, files, pixels):
 def test_damaged_files(path, tmp_path, files, name):
     folder, _ = prepare_dataset(Request(name="zip", source=path(files)), tmp_path / "data")
     (folder / name).write_bytes((folder / name).read_bytes()[:100])
-    with pytest.raises(UserError, match=r"data set in .*1\.0\.0 is damaged: delete that folder"):
+    with pytest.raises(UserError, match=r"data set in .*1\.0\.0 cannot be read \(.+\): if it is damaged, delete that"):
         open_source(folder).read(range(7))
+
+
+def test_a_sound_set_that_cannot_be_read_is_not_called_damaged(path, tmp_path, files):
+    """It would be deleted in vain."""
+    folder, _ = prepare_dataset(Request(name="zip", source=path(files)), tmp_path / "data")
+    source = open_source(folder, cache_mb=0)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as last:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno(), before[1]))
+        try:
+            with pytest.raises(UserError, match=r"cannot be read \(.*Too many open files.*: if it is damaged"):
+                source.read([0])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.parametrize("pixels, label", [("float32", True), ("uint16", True), ("uint8", False), ("uint8", True)])
