@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import PIL.Image
 from fdm_jax.data.archives import LABELS_FILE
 from fdm_jax.data.sources import Source
 from fdm_jax.errors import UserError
+from fdm_jax.whole_files import write_whole
 
 
 def write_zip(source: Source, path: Path, advance: Callable[[int], None] = lambda done: None) -> None:
@@ -24,7 +24,7 @@ def write_zip(source: Source, path: Path, advance: Callable[[int], None] = lambd
 
     Args:
       source: what to write.
-      path: a new file.
+      path: a new file; its folder is made.
       advance: called with the number of images written so far.
 
     Raises:
@@ -34,27 +34,23 @@ def write_zip(source: Source, path: Path, advance: Callable[[int], None] = lambd
         raise UserError(f"--out must end in .zip, and is {path}.")
     if path.exists():
         raise UserError(f"{path} is there already: delete it, or give another --out.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pairs: list[list[object]] = []
-    try:
-        try:
-            with zipfile.ZipFile(temporary, "w") as out:  # PNGs are packed already
-                for start in range(0, len(source), 256):
-                    batch = source.read(np.arange(start, min(start + 256, len(source))))
-                    for image, label in zip(batch["image"], batch["label"], strict=True):
-                        name = f"{len(pairs) // 1000:05d}/img{len(pairs):08d}.png"
-                        out.writestr(zipfile.ZipInfo(name), _png(image))
-                        pairs.append([name, int(label)])
-                    advance(len(pairs))
-                labels: dict[str, object] = {"labels": pairs if source.spec.num_classes else None}
-                if source.spec.class_names:
-                    labels["class_names"] = list(source.spec.class_names)
-                out.writestr(zipfile.ZipInfo(LABELS_FILE), json.dumps(labels))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)  # there only if something went wrong
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}).") from error
+
+    def write(temporary: Path) -> None:
+        pairs: list[list[object]] = []
+        with zipfile.ZipFile(temporary, "w") as out:  # PNGs are packed already
+            for start in range(0, len(source), 256):
+                batch = source.read(np.arange(start, min(start + 256, len(source))))
+                for image, label in zip(batch["image"], batch["label"], strict=True):
+                    name = f"{len(pairs) // 1000:05d}/img{len(pairs):08d}.png"
+                    out.writestr(zipfile.ZipInfo(name), _png(image))
+                    pairs.append([name, int(label)])
+                advance(len(pairs))
+            labels: dict[str, object] = {"labels": pairs if source.spec.num_classes else None}
+            if source.spec.class_names:
+                labels["class_names"] = list(source.spec.class_names)
+            out.writestr(zipfile.ZipInfo(LABELS_FILE), json.dumps(labels))
+
+    write_whole(path, write)
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -1,5 +1,6 @@
 """Data sets of every kind, prepared and read back: pixels, labels and names against the files written here."""
 
+import errno
 import gzip
 import json
 import os
@@ -478,7 +479,7 @@ def test_splits(path, tmp_path):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_export_and_back(path, tmp_path, pixels, labelled):
+def test_export_and_back(path, tmp_path, pixels, labelled, monkeypatch):
     files = {f"{'cat dog'.split()[i % 2]}/{i}.png": png(image) for i, image in enumerate(pixels)}
     source = prepared(tmp_path / "data", "folder", path(files), labels="auto" if labelled else "none")
     out = tmp_path / "out.zip"
@@ -499,6 +500,9 @@ def test_export_and_back(path, tmp_path, pixels, labelled):
     assert labels == ([[name, i // 4] for i, name in enumerate(names)] if labelled else None)
     with pytest.raises(UserError, match="out.zip is there already"):
         write_zip(source, out)
-    with pytest.raises(UserError, match="cannot be written"):
-        write_zip(source, tmp_path / "no" / "out.zip")
+    with pytest.raises(UserError, match="out.zip/in.zip cannot be written"):
+        write_zip(source, out / "in.zip")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="new.zip cannot be written: Read-only file"):
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, os.strerror(errno.EROFS))))
+        write_zip(source, tmp_path / "new.zip")
     assert sorted(p.name for p in tmp_path.glob("*out*")) == ["out.zip"]
