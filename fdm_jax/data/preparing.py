@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
 import shutil
 from pathlib import Path
@@ -68,7 +69,8 @@ def prepare_dataset(request: Request, data_dir: Path) -> tuple[Path, list[str]]:
     """
     _check(request)
     options = {field: getattr(request, field) for field in ("resolution", "transform", "labels", "channels")}
-    metadata = {"source": request.source.name, "classes": ",".join(request.classes), **options}
+    source = os.path.basename(os.path.abspath(request.source))  # "." and ".." have no name of their own
+    metadata = {"source": source, "classes": ",".join(request.classes), **options}
     left_out: list[str] = []
     found = find_prepared(request.full_name, data_dir)
     if found is None:

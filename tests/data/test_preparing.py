@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import os
+import pathlib
 import pickle
 import re
 import resource
@@ -323,6 +324,13 @@ def test_another_source_of_the_same_name_is_not_taken_for_the_first(path, tmp_pa
         prepare_dataset(Request(name="zip", source=first), data_dir)
     (shutil.rmtree if first.is_dir() else os.remove)(first)
     assert prepare_dataset(Request(name="zip", source=first), data_dir)[0] == folder  # it is not needed any more
+
+
+def test_one_source_by_several_paths(path, tmp_path, files, monkeypatch):
+    folder, _ = prepare_dataset(Request(name="zip", source=path(files)), tmp_path / "data")
+    for place, source in (("a", "."), ("a/00000", "..")):
+        monkeypatch.chdir(tmp_path / place)
+        assert prepare_dataset(Request(name="zip", source=pathlib.Path(source)), tmp_path / "data")[0] == folder
 
 
 def test_other_mnists_and_what_does_not_belong_to_a_source(path, tmp_path, pixels):
