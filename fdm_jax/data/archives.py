@@ -56,7 +56,7 @@ def open_archive(path: str | os.PathLike[str]) -> Archive:
     path = Path(path)
     if path.is_dir():
         return FolderArchive(path)
-    if path.exists():
+    if path.is_file():  # not a pipe, for which to wait
         return ZipArchive(path)
     raise UserError(f"no zip file or folder is at {path}: give the path of a data set in EDM's layout.")
 

@@ -53,6 +53,8 @@ def open_source(
     Raises:
       UserError: the data set is unknown, not prepared, missing, damaged or not of the kind described above.
     """
+    if not os.fspath(source).strip():  # a path that is empty would be the current folder
+        raise UserError("the data source is empty; if it is a variable of the shell, it is not set.")
     try:
         opened = _open(os.fspath(source), split, data_root(data_dir), use_labels)
     except PermissionError as error:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import struct
 import zipfile
@@ -48,6 +49,13 @@ def test_unknown_names(tmp_path):
     for missing in ("cifar10.zip", "data/cifar10"):
         fails(["no zip file or folder is at", missing], str(tmp_path / missing))
     fails(["no zip file or folder is at cifar10.zip"], "cifar10.zip")
+
+
+def test_no_path_and_no_file(tmp_path, archives, files, monkeypatch):
+    monkeypatch.chdir(archives.dir(files))
+    fails(["the data source is empty"], "")
+    os.mkfifo(tmp_path / "pipe.zip")
+    fails(["no zip file or folder is at", "pipe.zip"], tmp_path / "pipe.zip")
 
 
 def test_zip_that_is_none(tmp_path, archives, files):
