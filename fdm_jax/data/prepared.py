@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from fdm_jax.data.sources import DataSpec, Source
 from fdm_jax.errors import UserError
 
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
 _INFO, _FEATURES = "dataset_info.json", "features.json"
 
 
@@ -30,10 +32,12 @@ def find_prepared(name: str, data_dir: Path) -> Path | None:
     folder = data_dir / name
     if is_prepared(folder):
         return folder
-    versions = [path for path in _subfolders(folder) if is_prepared(path)]
+    subfolders = _subfolders(folder)
+    versions = [path for path in subfolders if _VERSION.fullmatch(path.name) and is_prepared(path)]
     if versions:
-        return max(versions, key=lambda path: [int(n) if n.isdecimal() else -1 for n in path.name.split(".")])
-    configs = sorted(path.name for path in _subfolders(folder) if any(map(is_prepared, _subfolders(path))))
+        return max(versions, key=lambda path: [int(n) for n in path.name.split(".")])
+    # Also sets that were moved there, which have any name.
+    configs = sorted(path.name for path in subfolders if is_prepared(path) or any(map(is_prepared, _subfolders(path))))
     if configs:
         raise UserError(f"{name} is prepared as {', '.join(configs)}: name one, as in {name}/{configs[0]}.")
     return None

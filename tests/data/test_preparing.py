@@ -84,6 +84,16 @@ def test_described_and_read_by_its_folder_alone(path, tmp_path, files, pixels):
         assert each.spec.num_classes == 3
 
 
+def test_a_folder_of_sets_that_were_moved_there(path, tmp_path, files):
+    (tmp_path / "sets").mkdir()
+    for name in ("cats", "dogs"):
+        prepared(tmp_path / name, "zip", path(files, "zip"))
+        shutil.move(tmp_path / name / "zip" / "a" / "1.0.0", tmp_path / "sets" / name)
+    with pytest.raises(UserError, match="sets is prepared as cats, dogs: name one, as in sets/cats"):
+        open_source(tmp_path / "sets")
+    assert len(open_source(tmp_path / "sets" / "dogs")) == len(open_source("dogs", data_dir=tmp_path / "sets")) == 7
+
+
 def test_folders_are_classes(path, tmp_path, pixels):
     files = {f"{'cat dog'.split()[i % 2]}/deep/{i}.png": png(image) for i, image in enumerate(pixels)}
     source = prepared(tmp_path / "data", "folder", path(files))
