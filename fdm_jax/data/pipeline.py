@@ -31,7 +31,7 @@ import numpy as np
 from fdm_jax.data.sources import Source
 from fdm_jax.errors import UserError
 
-_GRACE_SECONDS = 30  # what a worker has left after SIGTERM; Slurm and clouds give no more
+_GRACE_SECONDS = 10  # what a worker has left after SIGTERM, for the last steps before a run has stopped
 
 
 class _Order:
@@ -90,7 +90,7 @@ class _Workers(Iterator[dict[str, np.ndarray]]):
             self._waiting.append(self._submit())
             return self._waiting.popleft().result()
         except BrokenProcessPool as error:
-            self._pool.shutdown(wait=False)  # it has sent SIGTERM to the others, which take their time
+            self._pool.shutdown(wait=False)  # it has sent SIGTERM to the others, which may take their time
             raise UserError(
                 "a process that reads data ended unexpectedly (for want of memory?): set --config.data.workers=0."
             ) from error
@@ -107,7 +107,8 @@ def _become_worker(read: _Reader) -> None:
     global _reader_of_worker
     _reader_of_worker = read
     # Signals are the parent's to act on.  It may want batches until it has saved, and SIGTERM comes to whole groups of
-    # processes (from Slurm, systemd, timeout); but also from the pool itself, which then waits for the end.
+    # processes (from Slurm, systemd, timeout); but also from the pool when another worker has died, which then waits (from
+    # Python 3.12 on with a lock held) for the end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
     parent = multiprocessing.parent_process()
