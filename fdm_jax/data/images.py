@@ -11,7 +11,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -29,6 +29,8 @@ _PIL_BITS = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I;16N": 16, "I": 32,
 _CHANNELS = {"grey": 1, "RGB": 3}
 _PIL_MODES = {1: "L", 3: "RGB"}
 _RAW_16_BITS = re.compile("I;16|;16[BLN]")  # in PNG and TIFF files, of which Pillow reads RGB as 8-bit without a word
+# Those of Pillow's that pictures come in.  Others start programs (EPS Ghostscript), whatever the name of the file says.
+_KINDS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 _MAX_PIXELS = 2**26  # more are a bomb, or no picture for a diffusion model
 TRANSFORMS = ("none", "center-crop")
 
@@ -43,9 +45,9 @@ class ImageShape(NamedTuple):
 
 
 def image_names(files: Iterable[str]) -> list[str]:
-    """Those that end like a kind of image that Pillow knows."""
+    """Those that end like a kind of image that can be read."""
     extensions = PIL.Image.registered_extensions()
-    return [name for name in files if os.path.splitext(name)[1].lower() in extensions]
+    return [name for name in files if extensions.get(os.path.splitext(name)[1].lower()) in _KINDS]
 
 
 def _shape(width: int, height: int, bits: int, colours: str, where: str) -> ImageShape:
@@ -152,13 +154,20 @@ def fit(image: np.ndarray, where: str, resolution: int | None, transform: str = 
     return np.array(picture, np.uint8).reshape(resolution, resolution, channels)
 
 
+def _is_deep(tile: Any) -> bool:
+    """Whether what Pillow is about to decode has more than 8 bits."""
+    codec, _, _, args = tile
+    return bool(_RAW_16_BITS.search(str(args))) or (codec.startswith("ppm") and args[-1] > 255)
+
+
 def _open(data: bytes, where: str) -> PIL.Image.Image:
     if not data:
         raise UserError(f"{where} is not a readable image: the file is empty.")
     try:
-        image = PIL.Image.open(io.BytesIO(data))
+        PIL.Image.init()
+        image = PIL.Image.open(io.BytesIO(data), formats=[kind for kind in _KINDS if kind in PIL.Image.OPEN])
         large = image.width * image.height > _MAX_PIXELS
-        deep = any(_RAW_16_BITS.search(str(tile[3])) for tile in image.tile)
+        deep = any(map(_is_deep, image.tile))
         if not large and not deep:
             image.load()
     except PIL.Image.DecompressionBombError:

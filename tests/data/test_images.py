@@ -4,10 +4,11 @@ import io
 import struct
 
 import numpy as np
+import PIL.EpsImagePlugin
 import PIL.Image
 import pytest
 
-from fdm_jax.data.images import decode_picture, fit
+from fdm_jax.data.images import decode_picture, fit, image_names
 from fdm_jax.errors import UserError
 
 RNG = np.random.RandomState(0)
@@ -73,6 +74,15 @@ def test_channels():
     assert abs(decode_picture(encoded(RGB), "x", 1)[..., 0] - luma).max() <= 1
 
 
+def test_no_program_is_started_for_a_picture(monkeypatch):
+    """Pillow has Ghostscript draw EPS files, whatever they are called."""
+    started = []
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *args: started.append(args))
+    with pytest.raises(UserError, match="not a readable image"):
+        decode_picture(encoded(RGB, kind="eps"), "x.png")
+    assert not started and image_names(["a.eps", "b.png", "c.pdf", "d.JPG", "e.txt"]) == ["b.png", "d.JPG"]
+
+
 def test_exif_orientation():
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # "turn by 90 degrees clockwise to view"
@@ -91,6 +101,7 @@ def test_exif_orientation():
         (encoded(PIL.Image.new("CMYK", (4, 4)), kind="jpeg"), "CMYK pixels"),
         (encoded(np.zeros((4, 4), np.uint16)), "16-bit"),
         (tiff16(), "16-bit"),
+        (b"P6 4 1 65535\n" + bytes(24), "16-bit"),
         (encoded(np.zeros((4, 4), np.float32), kind="tiff"), "32-bit"),
         (encoded(RGB)[:16] + b"\0\1\0\0" * 2 + encoded(RGB)[24:], "not a readable image|claims more than"),
     ],
