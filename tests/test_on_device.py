@@ -63,7 +63,8 @@ def test_rematerialisation_takes_less_memory():
 def test_cudnn_attention_is_that_of_xla(channels):
     """Values and gradients, to the rounding of bfloat16."""
     q, k, v, out = (
-        jax.random.normal(key, (4, 256, 1, channels)).astype(jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)
+        jax.random.normal(key, (4, 256, 1, channels)).astype(jnp.bfloat16)
+        for key in jax.random.split(jax.random.key(0), 4)
     )
 
     def both(implementation):
