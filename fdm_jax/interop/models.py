@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def load_snapshot(path: str | Path, load_storage: Callable[[bytes], np.ndarray] 
         return Model.from_config(config_of(snapshot), from_torch(tensors(snapshot.ema)))
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # values of the wrong kind in a description
+    except Exception as error:  # values of the wrong kind in a description, each with an error of its own
         reason = " ".join(f"{error}".split())[:150]
         raise UserError(f"{path} cannot be used, for its description of the model does not fit ({reason}).") from error
 
@@ -151,6 +152,12 @@ def _network(ema: Persistent) -> dict[str, Any]:
     unknown = [field for field in given if field not in _NETWORK_ARGUMENTS]
     if unknown:
         raise UserError(f"its network was made with {unknown[0]!r:.60}, which SongUNet does not have.")
+    for field, value in given.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(each, (int, float, str)) for each in values):  # lists in lists may be endless to compare
+            raise UserError(
+                f"its {field} is {reprlib.repr(value):.60}, and a number, a text or a list of them is taken."
+            )
     arguments = _NETWORK_ARGUMENTS | given
     if arguments["in_channels"] != arguments["out_channels"]:
         raise UserError("its network gives another number of channels than it takes.")
@@ -170,7 +177,7 @@ def _network(ema: Persistent) -> dict[str, Any]:
     presets = [preset for preset, fields in PRESETS.items() if fields == parts]
     if not presets or arguments["decoder_type"] != "standard":
         raise UserError(
-            f"its network is neither DDPM++ nor NCSN++ ({parts}, decoder {arguments['decoder_type']!r:.20})."
+            f"its network is neither DDPM++ nor NCSN++ ({str(parts):.200}, decoder {arguments['decoder_type']!r:.20})."
         )
     if arguments["augment_dim"] not in (0, NUM_LABELS):
         raise UserError(
@@ -220,7 +227,7 @@ def _momentum(family: str, ema: Persistent) -> dict[str, Any]:
     for field, known in rates.items():
         if ema.state.get(field, known) != known:
             raise UserError(
-                f"its {field} is {ema.state[field]!r:.20}, and momentum with {known} is what there is here."
+                f"its {field} is {reprlib.repr(ema.state[field]):.20}, and momentum with {known} is what there is here."
             )
     # The original's VE takes a multiplier and does not use it.
     multiplier = 1.0 if family == "ve" else ema.state.get("fdm_multiplier", 1.0)

@@ -8,6 +8,7 @@ keys and builds objects in C, where a pickle nested deeply enough overflows the 
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
@@ -46,6 +47,8 @@ class PlainUnpickler(pickle._Unpickler):
       file: where it starts; ``read(n)`` must not set memory aside for what is not there (mmap and BytesIO do not).
       functions: "module name" -> what is called in its place.
       classes: "module name" of classes whose objects become a :class:`Record`.
+      most: bytes that the functions may give in all.  An instruction of a few bytes can have a large text, say, converted
+        once more; without a limit a small file could fill the memory.
 
     ``load`` raises :class:`UserError` for a name that is not on the lists, and nearly any exception for a pickle that is
     damaged.
@@ -54,9 +57,12 @@ class PlainUnpickler(pickle._Unpickler):
     stack: list[Any]  # of the machine; made by the base class
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, file: BinaryIO, functions: Mapping[str, Callable[..., Any]], classes: tuple[str, ...] = ()):
+    def __init__(
+        self, file: BinaryIO, functions: Mapping[str, Callable[..., Any]], classes: tuple[str, ...] = (),
+        most: float = math.inf,
+    ):  # fmt: skip
         super().__init__(file)
-        self._functions, self._classes = functions, classes
+        self._functions, self._classes, self._left = functions, classes, most
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
@@ -73,7 +79,11 @@ class PlainUnpickler(pickle._Unpickler):
         arguments, function = self.stack.pop(), self.stack[-1]
         if not any(function is known for known in self._functions.values()) or type(arguments) is not tuple:
             raise UserError("it calls something that is no function")
-        self.stack[-1] = function(*arguments)
+        made = self.stack[-1] = function(*arguments)
+        self._left -= len(made) if isinstance(made, bytes) else getattr(made, "nbytes", 0)
+        self._left -= 16 * len(made) if isinstance(made, (dict, set)) else 0  # an item is two references
+        if self._left < 0:
+            raise UserError("it makes far more of its parts than it holds")
 
     def _newobj(self) -> None:
         arguments, cls = self.stack.pop(), self.stack[-1]

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import math
 import mmap
+import reprlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from fdm_jax.interop.pickles import PlainUnpickler, Record
 
 MAX_VERSION = 6  # of the original's torch_utils.persistence
 _MAX_DEPTH = 16  # of modules in modules; the networks have 4
+_MAX_NAME = 200  # letters in the name of a module or a parameter; the networks' have 20
+_MAX_GROWTH = 8  # what is made of a file, in its sizes; storage, tensor and parameter in float32 of bfloat16: 6
 _CONTAINERS = tuple(f"torch.nn.modules.container.{name}" for name in ("ModuleDict", "ModuleList", "Sequential"))
 _FLOATS = {"FloatStorage": "f4", "HalfStorage": "f2", "DoubleStorage": "f8", "BFloat16Storage": "bfloat16"}
 
@@ -77,7 +80,8 @@ def read_snapshot(path: Path, load_storage: Callable[[bytes], np.ndarray] | None
     load_storage = torch_storage if load_storage is None else load_storage
     with _mapped(path) as file:
         try:
-            content = PlainUnpickler(file, _functions(load_storage), _CONTAINERS).load()
+            most = _MAX_GROWTH * len(file)
+            content = PlainUnpickler(file, _functions(load_storage), _CONTAINERS, most).load()
         except MissingTorch:
             raise
         except UserError as error:
@@ -135,7 +139,7 @@ def submodule(module: Persistent, name: str) -> Persistent | None:
 def _dict(value: Any, what: str) -> dict[str, Any]:
     if value is None:
         return {}
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+    if not isinstance(value, dict) or not all(isinstance(key, str) and len(key) <= _MAX_NAME for key in value):
         raise UserError(f"{what} is not a dictionary of names.")
     return value
 
@@ -193,7 +197,7 @@ def _persistent(meta: Any) -> Persistent:
         raise UserError("an object in it is described in an unknown way")
     version, name = meta.get("version"), meta.get("class_name")
     if type(version) is not int or not 1 <= version <= MAX_VERSION:
-        raise UserError(f"an object in it is of version {str(version)[:20]}, and 1 to {MAX_VERSION} are known")
+        raise UserError(f"an object in it is of version {reprlib.repr(version):.20}, and 1 to {MAX_VERSION} are known")
     if not isinstance(name, str):
         raise UserError("an object in it has no class")
     return Persistent(name, meta["state"])  # meta["module_src"], the code, is not looked at

@@ -24,8 +24,10 @@ _IN_ATTENTION = ("norm2", "qkv", "proj")
 def _path(name: str, ndim: int) -> tuple[str, ...]:
     """Our place of the original's parameter ``name``."""
     head, *rest = name.split(".")
-    if head in ("enc", "dec"):
+    if head in ("enc", "dec") and rest:
         head, *rest = [f"{head}_{rest[0]}", *rest[1:]]
+    if not rest:
+        raise UserError(f"There is no module for the tensor {name:.60}.")
     if rest[0] in _IN_ATTENTION:
         rest = ["attention", *rest]
     leaf = "bias" if rest[-1] == "bias" else ("scale" if ndim == 1 else "kernel")
@@ -43,7 +45,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
       {"params": ..., "constants": ...} of float32 NumPy arrays ("constants" only for NCSN++).
 
     Raises:
-      UserError: a tensor of more dimensions than any parameter has.
+      UserError: a tensor of more dimensions than any parameter has, or outside of all modules.
     """
     variables: dict[str, Any] = {"params": {}}
     for full_name, value in state_dict.items():

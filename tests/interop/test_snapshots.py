@@ -179,6 +179,14 @@ NCSNPP = {
 }
 
 
+def endless():
+    """A small list that takes for ever to print, or to compare with another such."""
+    value = [1]
+    for _ in range(60):
+        value = [value, value]
+    return value
+
+
 @pytest.mark.parametrize(
     "snapshot, words",
     [
@@ -190,6 +198,12 @@ NCSNPP = {
         ),
         (Snapshot(Persistent("EDMPrecond", {}), None, None, {}), "network of an unknown kind"),
         (described(network={"img_size": 3}), "made with 'img_size'"),
+        (
+            described(network={"in_channels": endless(), "out_channels": endless()}),
+            r"its in_channels is \[\[.*, and a number",
+        ),
+        (described(network={"embedding_type": endless()}), "its embedding_type is "),
+        (described("FDM_EDMPrecond", fdm_beta_d=endless()), "its fdm_beta_d is "),
         (described(network={"num_blocks": 10**9}), "its num_blocks is 1000000000, and 1 to 64"),
         (described(network={"channel_mult": [1] * 99}), "has 99 levels"),
         (described(network={"out_channels": 6}), "another number of channels"),
@@ -265,6 +279,7 @@ def hostile(mark):
         "ema is text": "hello",
         "another version": persistent(version=7),
         "no version": persistent(version="6"),
+        "an endless version": persistent(version=endless()),
         "object dtype": Call("numpy.core.multiarray.scalar", Call("numpy.dtype", "O8", False, True), b"x" * 8),
         "calls its own object": persistent(state={"x": Call("torch._utils._rebuild_tensor_v2", "text", 0, (1,), (1,))}),
     }  # fmt: skip
@@ -320,6 +335,45 @@ def test_hostile_and_foreign_files_are_refused_and_not_run(tmp_path, monkeypatch
     sentence = str(caught.value)
     assert sentence.startswith(str(path)) and "\n" not in sentence and len(sentence) < 500
     assert not mark.exists()
+
+
+def over_and_over(name, *arguments):
+    """The same call a thousand times, in a few bytes each: its parts are in the pickle once."""
+    calls = [Call(name, *arguments) for _ in range(1000)]
+    for call in calls:
+        call.reduced = calls[0].reduced
+    return calls
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("_codecs.encode", "a" * 1000, "latin1"),
+        ("torch.storage._load_from_bytes", torch_bytes(np.zeros(1000, np.float32))),
+        ("collections.OrderedDict", [(i, None) for i in range(1000)]),
+        ("dnnlib.util.EasyDict", {f"{i}": i for i in range(1000)}),
+        ("builtins.set", list(range(1000))),
+    ],
+)
+def test_a_small_file_cannot_fill_the_memory(tmp_path, call):
+    path = written(tmp_path, persistent(state={"x": over_and_over(*call)}))
+    assert path.stat().st_size < 50_000
+    with pytest.raises(UserError, match="it makes far more of its parts than it holds"):
+        read_snapshot(path, plain_storage)
+    read_snapshot(written(tmp_path, persistent(state={"x": over_and_over(*call)[:1]})), plain_storage)
+
+
+def test_endless_names(tmp_path):
+    """Each module's name comes before those of all its parameters."""
+    snapshot = read_snapshot(written(tmp_path, persistent(state={"_modules": {"a" * 201: module({})}})), plain_storage)
+    with pytest.raises(UserError, match="_modules is not a dictionary of names"):
+        tensors(snapshot.ema)
+
+
+def test_tensors_outside_of_all_modules():
+    for name in ("foo", "model.foo", "enc.foo"):
+        with pytest.raises(UserError, match="There is no module for the tensor"):
+            from_torch({name: np.zeros((2, 2), np.float32)})
 
 
 def test_modules_that_occur_twice(tmp_path):
