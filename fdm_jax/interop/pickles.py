@@ -86,8 +86,10 @@ class PlainUnpickler(pickle._Unpickler):
             raise UserError("it makes far more of its parts than it holds")
 
     def _newobj(self) -> None:
+        if not isinstance(self.stack[-2], Record):  # a dictionary's subclass, which has a function here
+            return self._reduce()
         arguments, cls = self.stack.pop(), self.stack[-1]
-        if not isinstance(cls, Record) or cls.state is not None or arguments != ():
+        if cls.state is not None or arguments != ():
             raise UserError("it makes an object in an unknown way")
         self.stack[-1] = Record(cls.kind)
 

@@ -4,6 +4,7 @@ import io
 import pickle
 import pickletools
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from fdm_jax.defaults import from_dict
 from fdm_jax.errors import UserError
 from fdm_jax.families import EDM, VE, VP
 from fdm_jax.interop.models import config_of, load_snapshot
+from fdm_jax.interop.pickles import PlainUnpickler
 from fdm_jax.interop.snapshots import Persistent, Snapshot, read_snapshot, tensors, torch_storage
 from fdm_jax.interop.state_dict import from_torch, to_torch
 from fdm_jax.momentum import Momentum
@@ -374,6 +376,23 @@ def test_tensors_outside_of_all_modules():
     for name in ("foo", "model.foo", "enc.foo"):
         with pytest.raises(UserError, match="There is no module for the tensor"):
             from_torch({name: np.zeros((2, 2), np.float32)})
+
+
+class EasyDict(dict):
+    """A dictionary's subclass, as the original has one."""
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_dictionaries_of_the_originals_own(tmp_path, monkeypatch, protocol):
+    package = types.SimpleNamespace(EasyDict=EasyDict)
+    monkeypatch.setitem(sys.modules, "dnnlib", types.SimpleNamespace(util=package))
+    monkeypatch.setitem(sys.modules, "dnnlib.util", package)
+    monkeypatch.setattr(EasyDict, "__module__", "dnnlib.util")
+    path = tmp_path / "options.pkl"
+    path.write_bytes(pickle.dumps(EasyDict(a=EasyDict(b=1)), protocol))
+    functions = {"dnnlib.util.EasyDict": dict}
+    with path.open("rb") as file:
+        assert PlainUnpickler(file, functions).load() == {"a": {"b": 1}}
 
 
 def test_modules_that_occur_twice(tmp_path):
