@@ -11,7 +11,7 @@ import numpy as np
 
 from fdm_jax import __version__
 from fdm_jax.errors import UserError
-from fdm_jax.interop.models import Model, load_snapshot
+from fdm_jax.interop.models import PRECONDITIONING, Model, load_snapshot
 from fdm_jax.interop.snapshots import import_torch
 from fdm_jax.interop.state_dict import from_torch, to_torch
 from fdm_jax.networks.song_unet import PRESETS
@@ -119,12 +119,14 @@ def original_arguments(model: Model) -> dict[str, Any]:
 
 def original_preconditioning(model: Model) -> dict[str, Any]:
     """The original's class around the network, and what it takes."""
-    family, momentum = model.family, model.family.momentum
-    name = f"{model.config['family']['name'].upper()}Precond"
-    fields = {field: value for field, value in vars(family).items() if field != "momentum"}
-    if momentum is None:
-        return {"class": name, **fields}
-    return {"class": f"FDM_{name}", **fields, "fdm_multiplier": momentum.multiplier}
+    momentum, family = model.family.momentum, model.config["family"]["name"]
+    name = f"{family.upper()}Precond"
+    fields = {theirs: getattr(model.family, ours) for theirs, ours in PRECONDITIONING[family].items()}
+    if momentum is not None:
+        return {"class": f"FDM_{name}", **fields, "fdm_multiplier": momentum.multiplier}
+    if family == "edm":  # its range is that of momentum's clock here; there, without momentum, 0 to infinity
+        fields = {"sigma_data": fields["sigma_data"]}
+    return {"class": name, **fields}
 
 
 def _read_description(path: Path) -> dict[str, Any]:

@@ -33,6 +33,12 @@ _NETWORK_ARGUMENTS: dict[str, Any] = {
     "channel_mult_noise": 1, "encoder_type": "standard", "decoder_type": "standard", "resample_filter": [1, 1],
 }  # fmt: skip
 _FAMILIES = {"VPPrecond": "vp", "VEPrecond": "ve", "EDMPrecond": "edm"}
+# Arguments of the original's classes around the network, which keep them as attributes, and our names.
+PRECONDITIONING = {
+    "vp": {"beta_d": "beta_d", "beta_min": "beta_min", "epsilon_t": "epsilon_t", "M": "num_scales"},
+    "ve": {"sigma_min": "lowest", "sigma_max": "highest"},
+    "edm": {"sigma_data": "sigma_data", "sigma_min": "lowest", "sigma_max": "highest"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,13 +210,8 @@ def _network(ema: Persistent) -> dict[str, Any]:
 
 
 def _family(name: str, ema: Persistent) -> dict[str, Any]:
-    fields = {
-        "vp": {"beta_d": "beta_d", "beta_min": "beta_min", "epsilon_t": "epsilon_t", "M": "num_scales"},
-        "ve": {"sigma_min": "lowest", "sigma_max": "highest"},
-        "edm": {"sigma_data": "sigma_data", "sigma_min": "lowest", "sigma_max": "highest"},
-    }[name]
     family: dict[str, Any] = {"name": name}
-    for theirs, ours in fields.items():
+    for theirs, ours in PRECONDITIONING[name].items():
         value = ema.state.get(theirs)
         if value is None:
             continue
