@@ -55,8 +55,11 @@ def import_model(path: Path, workdir: Path) -> Model:
     except OSError as error:
         raise UserError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
     checkpoints = Checkpoints(workdir / "checkpoints")
-    for step in checkpoints.steps():  # of an import that was stopped: config.json comes last
-        checkpoints.delete(step)
+    steps = checkpoints.steps()
+    if steps not in ([], [0]):  # a run's own begin later
+        raise UserError(f"{workdir} holds checkpoints of a run, though no config.json: give another --workdir.")
+    if steps:  # of an import that was stopped: config.json comes last
+        checkpoints.delete(0)
     meta = {"config": model.config, "imported": path.name}
     checkpoints.save_model(0, dict(model.variables), meta)
     checkpoints.close()

@@ -237,6 +237,17 @@ def test_import_that_was_stopped_begins_anew(tmp_path, monkeypatch):
     assert average(workdir)["params"]
 
 
+def test_import_deletes_no_checkpoints_of_a_run(tmp_path):
+    """Of which only the config.json was lost."""
+    workdir = tmp_path / "w"
+    files.import_model(SNAPSHOT, workdir)
+    (workdir / "config.json").unlink()
+    (workdir / "checkpoints" / "0").rename(workdir / "checkpoints" / "8")
+    with pytest.raises(UserError, match="holds checkpoints of a run, though no config.json"):
+        files.import_model(SNAPSHOT, workdir)
+    assert (workdir / "checkpoints" / "8").exists()
+
+
 def test_tensors_that_do_not_fit_the_description(tmp_path):
     model = load_snapshot(SNAPSHOT, plain_storage)
     state = to_torch(model.variables, (1, 1))
