@@ -86,10 +86,10 @@ def export_model(workdir: Path, path: Path, kind: str, step: int | str | None = 
     """
     if path.suffix != FORMATS[kind]:
         raise UserError(f"--out must end in {FORMATS[kind]} for --format={kind}, and is {path}.")
+    if kind == "torch":
+        import_torch("write a .pt file")
     beside = path.with_name(f"{path.name}.json")
-    for file in (path, beside):
-        if file.exists():
-            raise UserError(f"{file} is there already: delete it, or give another --out.")
+    _check_new(path)
     step, variables, meta = Checkpoints(workdir / "checkpoints", read_only=True).restore_model(step)
     model = Model.from_config(meta["config"], variables)
     state = to_torch(model.variables, PRESETS[model.network.preset]["resample_filter"])
@@ -101,9 +101,18 @@ def export_model(workdir: Path, path: Path, kind: str, step: int | str | None = 
         "preconditioning": original_preconditioning(model),
         "config": model.config,
     }
+    text = json.dumps(description, indent=2) + "\n"
+    # The same text is of this export, stopped in between: the model comes last.
+    if not beside.is_file() or beside.read_bytes() != text.encode():
+        _check_new(beside)
+        write_whole(beside, lambda file: file.write_text(text))
     write_whole(path, lambda file: _save_torch(state, file) if kind == "torch" else _save_safetensors(state, file))
-    write_whole(beside, lambda file: file.write_text(json.dumps(description, indent=2) + "\n"))
     return description
+
+
+def _check_new(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} is there already: delete it, or give another --out.")
 
 
 def original_arguments(model: Model) -> dict[str, Any]:

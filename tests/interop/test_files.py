@@ -1,6 +1,8 @@
 """`fdm import` and `fdm export`: workdirs of the original's models, files for its users, and back."""
 
+import errno
 import json
+import os
 import sys
 import time
 
@@ -109,11 +111,36 @@ def test_export_and_import_give_the_same_bits(tmp_path, name):
     preconditioning = description["preconditioning"]
     assert preconditioning.pop("class") == ema.class_name
     assert preconditioning.items() <= ema.state.items()  # the original keeps its arguments as attributes
-    assert set(preconditioning) == {
-        "fdm_edm": {"sigma_data", "sigma_min", "sigma_max", "fdm_multiplier"},
-        "ve": {"sigma_min", "sigma_max"},
-        "edm": {"sigma_data"},
-    }[name]
+    assert (
+        set(preconditioning)
+        == {
+            "fdm_edm": {"sigma_data", "sigma_min", "sigma_max", "fdm_multiplier"},
+            "ve": {"sigma_min", "sigma_max"},
+            "edm": {"sigma_data"},
+        }[name]
+    )
+
+
+def test_export_onto_a_full_disk_goes_on_as_it_says(imported, tmp_path, capsys, monkeypatch):
+    out, write_whole = tmp_path / "m.safetensors", files.write_whole
+    full = [out, tmp_path / "m.safetensors.json"]  # when which of them is written
+
+    def write_unless_full(path, write):
+        if full and path == full[-1]:
+            full.pop()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_whole(path, write)
+
+    monkeypatch.setattr(files, "write_whole", write_unless_full)
+    capsys.readouterr()
+    for _ in range(2):
+        assert "same command again" in refused(capsys, "export", f"--workdir={imported}", f"--out={out}")
+    assert main(["export", f"--workdir={imported}", f"--out={out}"]) == 0
+    out.unlink()
+    (tmp_path / "m.safetensors.json").write_text("of another model")
+    capsys.readouterr()
+    assert "m.safetensors.json is there already" in refused(capsys, "export", f"--workdir={imported}", f"--out={out}")
+    assert not out.exists()
 
 
 def test_export_for_torch(imported, tmp_path):
