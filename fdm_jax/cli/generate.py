@@ -157,7 +157,7 @@ class _Output:
                     raise UserError(
                         f"{path} holds images made with another {different}: delete it, or give another --out."
                     )
-                shutil.rmtree(self.folder)  # ours, and of another request
+                self._clear()  # ours, and of another request
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / SETTINGS, json.dumps(settings, indent=1))
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -193,4 +193,10 @@ class _Output:
             temporary = self.folder / "all.npz"
             np.savez(temporary, image=images, seed=seeds, label=labels)
             temporary.replace(self.path)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove the folder; its settings, without which the pictures would be a stranger's, after them."""
+        for picture in self.folder.glob("*.png"):
+            picture.unlink()
         shutil.rmtree(self.folder)

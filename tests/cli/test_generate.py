@@ -7,6 +7,7 @@ import pytest
 from cli.conftest import start
 from PIL import Image
 
+from fdm_jax.cli import generate as generate_module
 from fdm_jax.cli.generate import parse_seeds
 from fdm_jax.cli.main import main
 from fdm_jax.errors import UserError
@@ -67,6 +68,19 @@ def test_it_goes_on_where_it_was(folder, straight_run):
     assert (folder / "000000.png").stat().st_mtime_ns == kept
     assert (folder / "000010.png").exists() and (folder / "000011.png").exists()
     assert "steps" in json.loads((folder / "settings.json").read_text())
+
+
+def test_it_goes_on_after_a_kill_that_came_while_the_pieces_were_removed(straight_run, tmp_path, monkeypatch):
+    out = tmp_path / "grid.png"
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_module.shutil, "rmtree", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(straight_run, out, "--seeds=0-3", "--batch=8")
+    parts = tmp_path / "grid.png.parts"
+    assert out.exists() and [path.name for path in parts.iterdir()] == ["settings.json"]
+    (parts / "settings.json").unlink()
+    assert generate(straight_run, out, "--seeds=0-3", "--batch=8") == 0
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_other_settings_are_not_mixed_into_a_folder(folder, straight_run, capsys):
