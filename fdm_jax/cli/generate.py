@@ -12,6 +12,7 @@ that was stopped goes on where it was.  Several processes share the work by --di
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -142,10 +143,13 @@ class _Output:
         """Make the folder.
 
         Raises:
-          UserError: it holds images of other settings, or of which nobody knows how they were made.
+          UserError: it holds images of other settings, or of which nobody knows how they were made; or it cannot be
+            written, or the file cannot.
         """
         path = self.path
         try:
+            if self.folder != path and path.is_dir():
+                raise UserError(f"--out {path} is a folder, where a file was to be written: give another --out.")
             before = read_settings(self.folder)
             if before is None and any(self.folder.glob("*.png")):
                 raise UserError(
@@ -160,7 +164,9 @@ class _Output:
                 self._clear()  # ours, and of another request
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / SETTINGS, json.dumps(settings, indent=1))
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # the command line has a sentence for it
             raise UserError(f"--out {path} cannot be written: {error.strerror}.") from error
 
     def _file(self, seed: int) -> Path:

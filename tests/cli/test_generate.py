@@ -129,6 +129,13 @@ def test_bad_places(straight_run, tmp_path, capsys):
     assert "is not the workdir of a run" in capsys.readouterr().err
     assert generate(straight_run, tmp_path / "out.gif") == 2
     assert "must be a folder or end in .png or .npz" in capsys.readouterr().err
+    for name in ("out.png", "out.npz"):
+        (tmp_path / name).mkdir()
+        assert generate(straight_run, tmp_path / name) == 2
+        assert f"{name} is a folder, where a file was to be written" in capsys.readouterr().err
+    for place in ("/proc/out", tmp_path / ("a" * 300), straight_run / "config.json" / "out"):
+        assert generate(straight_run, place) == 2
+        assert f"--out {place} cannot be written: " in capsys.readouterr().err
 
 
 def test_parse_seeds():
