@@ -188,6 +188,14 @@ def test_a_grid_needs_a_finite_rho(rho):
         edm_sigmas(5, rho=rho)
 
 
+@pytest.mark.parametrize("rho", [1e-3, -1e-3, 0.1, 1e17])
+def test_a_grid_is_not_made_of_rounding(rho):
+    """80^1000 is no float, 80^10 leaves nothing of 0.002^10 beside it, and 80^1e-17 is 1."""
+    with pytest.raises(UserError, match="rho is .*, with which the noise levels cannot be computed"):
+        edm_sigmas(5, rho=rho)
+    np.testing.assert_allclose(edm_sigmas(2, rho=1e6)[:-1], [80, 0.002], rtol=1e-6)
+
+
 def test_golden_uint8(golden):
     data = golden("misc")
     with enable_x64():

@@ -25,13 +25,18 @@ def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0
       [num_steps + 1].
 
     Raises:
-      UserError: fewer than one step, a range that is none, or a rho that is 0 or not finite.
+      UserError: fewer than one step, a range that is none, or a rho that is 0, not finite, or of a size that loses the
+        ends of the range in rounding.
     """
     _check(num_steps, sigma_min, sigma_max)
     if not (rho and math.isfinite(rho)):
         raise UserError(f"rho must be a finite number other than 0, and is {rho}; EDM's is 7.")
     ramp = np.linspace(0, 1, num_steps)
-    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    with np.errstate(all="ignore"):
+        high, low = np.array([sigma_max, sigma_min]) ** (1 / rho)
+        sigmas = (high + ramp * (low - high)) ** rho
+    if not np.allclose(sigmas[[0, -1]], (sigma_max, sigma_min if num_steps > 1 else sigma_max), rtol=1e-3, atol=0):
+        raise UserError(f"rho is {rho}, with which the noise levels cannot be computed; EDM's is 7.")
     return np.append(sigmas, 0.0)
 
 
