@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fdm_jax.sampling.generate import GenerateFn
     from fdm_jax.sampling.guidance import Guidance
 
+EVERYWHERE = "0,inf"  # the interval of guidance that is not limited
+
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add them all, and ``--list-solvers``."""
@@ -43,7 +45,7 @@ def add_range_and_guidance(parser: argparse.ArgumentParser) -> Any:
     guide = parser.add_argument_group("guidance", "towards the class, or away from a worse model")
     guide.add_argument("--guidance", type=float, metavar="SCALE", help="1: none; more: closer to the class")
     guide.add_argument(
-        "--guidance-interval", default="0,inf", metavar="LOW,HIGH", help="noise levels where it acts (default: all)"
+        "--guidance-interval", default=EVERYWHERE, metavar="LOW,HIGH", help="noise levels where it acts (default: all)"
     )
     guide.add_argument(
         "--guide",
@@ -102,13 +104,14 @@ def parse_guidance(args: argparse.Namespace) -> Guidance | None:
     """What --guidance, --guidance-interval and --guide ask for.
 
     Raises:
-      UserError: an interval that is none, or a guide without a scale.
+      UserError: an interval that is none, or a guide or an interval without a scale.
     """
     from fdm_jax.sampling.guidance import Guidance
 
     if args.guidance is None:
-        if args.guide is not None:
-            raise UserError("--guide needs a scale: give --guidance=2, say.")
+        for name, given in (("guide", args.guide), ("guidance-interval", args.guidance_interval != EVERYWHERE)):
+            if given:
+                raise UserError(f"--{name} needs a scale: give --guidance=2, say.")
         return None
     try:
         low, high = map(float, args.guidance_interval.split(","))

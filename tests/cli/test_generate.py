@@ -207,6 +207,7 @@ def test_guidance(straight_run, tmp_path, capsys):
     assert abs(itself - plain).max() <= 1 and not said
     for more, words in (
         (["--guide=x"], "--guide needs a scale"),
+        (["--guidance-interval=0.2,3"], "--guidance-interval needs a scale"),
         (["--guidance=2", "--guidance-interval=1"], "two noise levels LOW,HIGH"),
         (["--guidance=2", "--guidance-interval=2,1"], "from a lower to a higher"),
         (["--guidance=2", f"--guide={tmp_path / 'nowhere'}"], "is not the workdir of a run"),
