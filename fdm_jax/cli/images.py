@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,11 +108,11 @@ def _npz_images(path: Path) -> np.ndarray:
                     break
             else:
                 raise UserError(f"{path} holds no array called image, images or arr_0.")
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except Exception as error:  # zlib, zipfile, NumPy: a damaged file makes them raise nearly anything
         raise UserError(f"{path} is no .npz of images, or damaged ({error}).") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise UserError(

@@ -174,6 +174,8 @@ def test_other_images_under_the_same_name(kind, place, tmp_path, capsys):
         (["--images=PLACE/floats.npz"], "must be uint8"),
         (["--images=PLACE/empty.npz"], "holds no array called image"),
         (["--images=PLACE/text.npz"], "is no .npz of images"),
+        (["--images=PLACE/one.npz"], "is no .npz of images"),
+        (["--images=PLACE/damaged.npz"], "is no .npz of images, or damaged (Error -3 while decompressing"),
         (["--images=PLACE/nowhere.npz"], "cannot be read"),
         (["--images=PLACE/mixed"], "9x9"),
         (["--images=PLACE/many.npz", "--metrics=inception-score"], "needs the extractor inception"),
@@ -190,6 +192,12 @@ def test_bad_input(place, tmp_path, capsys, arguments, words):
     np.savez(tmp_path / "floats.npz", image=np.zeros((50, 8, 8, 1)))
     np.savez(tmp_path / "empty.npz", label=np.zeros(5))
     (tmp_path / "text.npz").write_text("images")
+    np.save(tmp_path / "one.npy", np.zeros((50, 8, 8, 1), np.uint8))
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    np.savez_compressed(tmp_path / "damaged.npz", image=np.arange(3200).reshape(50, 8, 8, 1).astype(np.uint8))
+    with (tmp_path / "damaged.npz").open("r+b") as file:
+        file.seek(100)
+        file.write(b"\xff" * 40)
     (tmp_path / "mixed").mkdir()
     for side in (8, 9):
         (tmp_path / "mixed" / f"{side}.png").write_bytes(png(np.zeros((side, side), np.uint8)))

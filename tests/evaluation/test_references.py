@@ -58,7 +58,11 @@ def test_files_that_are_something_else(tmp_path):
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:5000])
     (tmp_path / "text.npz").write_text("mu, sigma")
     np.save(tmp_path / "one.npy", np.zeros(3))
-    for name in ("cut.npz", "text.npz", "one.npy"):
+    np.savez_compressed(tmp_path / "damaged.npz", mu=np.zeros(300), sigma=np.arange(90000.0).reshape(300, 300))
+    with (tmp_path / "damaged.npz").open("r+b") as file:
+        file.seek(400)
+        file.write(b"\xff" * 400)
+    for name in ("cut.npz", "text.npz", "one.npy", "damaged.npz"):
         with pytest.raises(UserError, match="is no file of statistics"):
             load_reference(tmp_path / name)
     with pytest.raises(UserError, match="cannot be read: No such file"):
