@@ -157,7 +157,9 @@ class _Output:
                 )
             if before is not None and before != settings:
                 if self.folder == path:
-                    different = ", ".join(sorted(k for k in settings if before.get(k) != settings[k]))
+                    different = ", ".join(
+                        sorted(k for k in before.keys() | settings if before.get(k) != settings.get(k))
+                    )
                     raise UserError(
                         f"{path} holds images made with another {different}: delete it, or give another --out."
                     )

@@ -31,7 +31,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="solver steps (default: the run's samples.steps)")
-    length.add_argument("--nfe", type=int, metavar="N", help="at most so many calls of the network, instead of --steps")
+    length.add_argument(
+        "--nfe", type=int, metavar="N", help="at most so many calls of the denoiser, instead of --steps; with guidance "
+        "each is two passes",
+    )  # fmt: skip
     noise = add_range_and_guidance(parser)
     noise.add_argument("--S_churn", type=float, default=0.0, help="0 (the default): deterministic")
     noise.add_argument("--S_min", type=float, default=0.0, help="default: %(default)s")
@@ -257,7 +260,7 @@ class Sampler(NamedTuple):
     Attributes:
       generate: (variables, seeds, labels) -> uint8 [B, H, W, C].
       variables: of the model, or of it and its guide.
-      nfe: calls of the network per image.
+      nfe: calls of the denoiser per image; where it is guided, each is two passes.
       settings: what the images depend on beside seed and class.
     """
 

@@ -88,6 +88,15 @@ def test_other_settings_are_not_mixed_into_a_folder(folder, straight_run, capsys
     assert "made with another class" in capsys.readouterr().err
 
 
+def test_settings_of_another_version_are_named(straight_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert generate(straight_run, out, "--seeds=0-3", "--batch=8") == 0
+    settings = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps(settings | {"later": 1}))
+    assert generate(straight_run, out, "--seeds=0-3", "--batch=8") == 2
+    assert "made with another later: delete it" in capsys.readouterr().err
+
+
 def test_pictures_of_others_are_not_taken_for_ours(straight_run, tmp_path, capsys):
     """A data set, say, whose files have the names that seeds would have."""
     out = tmp_path / "out"
