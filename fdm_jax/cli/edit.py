@@ -51,7 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--frames", type=int, default=10, metavar="N", help="for interpolate (default: %(default)s)")
     parser.add_argument("--seeds", default="0-7", help="such as 0-7 or 3,7 (default: %(default)s)")
-    parser.add_argument("--class", dest="label", type=int, metavar="N", help="of the results (default: by seed)")
+    parser.add_argument(
+        "--class",
+        dest="label",
+        type=int,
+        metavar="N",
+        help="of the results (default: by seed, in interpolate by the first)",
+    )
     add_checkpoint_argument(parser)
     add_sampling_arguments(parser)
 
