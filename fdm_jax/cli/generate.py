@@ -150,20 +150,21 @@ class _Output:
         try:
             if self.folder != path and path.is_dir():
                 raise UserError(f"--out {path} is a folder, where a file was to be written: give another --out.")
-            before = read_settings(self.folder)
-            if before is None and any(self.folder.glob("*.png")):
+            before, kept = read_settings(self.folder), any(self.folder.glob("*.png"))
+            if before is None and kept:
                 raise UserError(
                     f"{self.folder} holds pictures that fdm generate did not make: delete it, or give another --out."
                 )
             if before is not None and before != settings:
-                if self.folder == path:
+                if self.folder != path:
+                    self._clear()  # ours, and of another request
+                elif kept:
                     different = ", ".join(
                         sorted(k for k in before.keys() | settings if before.get(k) != settings.get(k))
                     )
                     raise UserError(
                         f"{path} holds images made with another {different}: delete it, or give another --out."
                     )
-                self._clear()  # ours, and of another request
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / SETTINGS, json.dumps(settings, indent=1))
         except OSError as error:

@@ -95,6 +95,9 @@ def test_settings_of_another_version_are_named(straight_run, tmp_path, capsys):
     (out / "settings.json").write_text(json.dumps(settings | {"later": 1}))
     assert generate(straight_run, out, "--seeds=0-3", "--batch=8") == 2
     assert "made with another later: delete it" in capsys.readouterr().err
+    for picture in out.glob("*.png"):
+        picture.unlink()
+    assert generate(straight_run, out, "--seeds=0-3", "--batch=8") == 0  # settings of nothing keep nobody out
 
 
 def test_pictures_of_others_are_not_taken_for_ours(straight_run, tmp_path, capsys):
