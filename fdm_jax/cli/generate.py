@@ -176,7 +176,11 @@ class _Output:
         return self.folder / f"{seed:06d}.png"
 
     def has(self, seed: int) -> bool:
-        return self._file(seed).exists()
+        """Whether its picture is there; an empty file is what a machine that lost its power can leave of one."""
+        try:
+            return self._file(seed).stat().st_size > 0
+        except FileNotFoundError:
+            return False
 
     def put(self, seed: int, image: np.ndarray) -> None:
         from fdm_jax.pictures import save_png

@@ -64,8 +64,10 @@ def test_grid_and_class(straight_run, tmp_path):
 def test_it_goes_on_where_it_was(folder, straight_run):
     kept = (folder / "000000.png").stat().st_mtime_ns
     (folder / "000010.png").unlink()
+    (folder / "000009.png").write_bytes(b"")  # as after a loss of power
     assert generate(straight_run, folder, "--seeds=0-11", "--batch=8") == 0
     assert (folder / "000000.png").stat().st_mtime_ns == kept
+    assert pixels(folder / "000009.png").shape == (8, 8)
     assert (folder / "000010.png").exists() and (folder / "000011.png").exists()
     assert "steps" in json.loads((folder / "settings.json").read_text())
 
