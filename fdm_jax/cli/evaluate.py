@@ -33,7 +33,7 @@ import numpy as np
 from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
 from fdm_jax.cli.images import Images, existing_images, generated_images
 from fdm_jax.cli.places import path_argument, place_argument
-from fdm_jax.cli.record import SETTINGS, read_settings
+from fdm_jax.cli.record import SETTINGS, made_otherwise, read_settings
 from fdm_jax.cli.sampling import add_checkpoint_argument, add_sampling_arguments
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import make_folder, remove_folder, save_npz, write_whole
@@ -267,8 +267,7 @@ def _claim(folder: Path, settings: dict[str, Any], piece: int) -> None:
             of_before = before.pop("piece", piece)
             piece = of_before if kept else piece
         if begun and before is not None and before != settings:
-            different = ", ".join(sorted(k for k in before.keys() | settings if before.get(k) != settings.get(k)))
-            raise UserError(f"{folder} holds an evaluation with another {different}: delete it, or give another --out.")
+            raise made_otherwise(folder, "an evaluation", before, settings)
         _write_json(folder / SETTINGS, settings | {"piece": piece})
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}.") from error

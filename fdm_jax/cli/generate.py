@@ -23,7 +23,7 @@ import numpy as np
 
 from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
 from fdm_jax.cli.places import path_argument, place_argument
-from fdm_jax.cli.record import SETTINGS, read_settings
+from fdm_jax.cli.record import SETTINGS, made_otherwise, read_settings
 from fdm_jax.cli.sampling import (
     add_checkpoint_argument,
     add_sampling_arguments,
@@ -159,12 +159,7 @@ class _Output:
                 if self.folder != path:
                     self._clear()  # ours, and of another request
                 elif kept:
-                    different = ", ".join(
-                        sorted(k for k in before.keys() | settings if before.get(k) != settings.get(k))
-                    )
-                    raise UserError(
-                        f"{path} holds images made with another {different}: delete it, or give another --out."
-                    )
+                    raise made_otherwise(path, "images", before, settings)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / SETTINGS, json.dumps(settings, indent=1))
         except OSError as error:

@@ -31,6 +31,12 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
+def made_otherwise(place: Path, what: str, before: Mapping[str, Any], settings: Mapping[str, Any]) -> UserError:
+    """What to say where ``what`` is there already, made with other settings."""
+    different = ", ".join(sorted(k for k in {**before, **settings} if before.get(k) != settings.get(k)))
+    return UserError(f"{place} holds {what} made with another {different}: delete it, or give another --out.")
+
+
 class Record:
     """A file of JSON lines: the settings first, then a row for each result.
 
@@ -70,10 +76,7 @@ class Record:
         if before != settings and not self.rows:  # that command failed before its first result
             write_text(self.path, json.dumps({"settings": settings}) + "\n")
         elif before != settings:
-            different = ", ".join(sorted(k for k in before.keys() | settings if before.get(k) != settings.get(k)))
-            raise UserError(
-                f"{self.path} holds results made with another {different}: delete it, or give another --out."
-            )
+            raise made_otherwise(self.path, "results", before, settings)
         elif torn:
             write_text(self.path, whole + "\n")
 

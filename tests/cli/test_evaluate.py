@@ -162,7 +162,7 @@ def test_other_images_under_the_same_name(kind, place, tmp_path, capsys):
     assert evaluate(place, *arguments) == evaluate(place, *arguments) == 0
     write(255)
     assert evaluate(place, *arguments) == 2
-    assert "holds an evaluation with another images_sha256" in capsys.readouterr().err
+    assert "holds an evaluation made with another images_sha256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_seed_that_is_none(tmp_path, capsys):
 def test_another_evaluation_in_the_folder(measured, place, capsys):
     out, arguments = measured
     assert evaluate(place, *arguments, "--first-seed=7") == 2
-    assert "holds an evaluation with another first_seed" in capsys.readouterr().err
+    assert "holds an evaluation made with another first_seed" in capsys.readouterr().err
 
 
 def test_settings_without_features_stand_in_nobodys_way(tmp_path):
