@@ -128,7 +128,7 @@ def read_run(workdir: Path, name: str, counts: _NetworkCounts) -> Run:
     """
     from fdm_jax.reporting.runs import Run, number
     from fdm_jax.training.checkpoints import read_config
-    from fdm_jax.training.writers import read_metrics
+    from fdm_jax.training.metrics import read_metrics
 
     config = read_config(workdir)
     if not isinstance(config, dict):

@@ -7,9 +7,10 @@ devices or processes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from fdm_jax.devices import one_copy_per_process
 from fdm_jax.errors import UserError
+from fdm_jax.training.metrics import ranking_figures, read_metrics
 from fdm_jax.training.step import TrainState
 from fdm_jax.whole_files import is_remote, move_folder, remove_folder, resolved
 
@@ -28,7 +30,6 @@ log = logging.getLogger(__name__)
 
 BEST = "best"  # in the place of a step: the checkpoint with the lowest figure
 _MODEL = ("ema", "constants")
-_FIGURE = "figure"
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -37,14 +38,25 @@ def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     return {k: fields[k] for k in _MODEL}, {k: v for k, v in fields.items() if k not in _MODEL}
 
 
+@dataclasses.dataclass
+class _One(policies.PreservationPolicy):
+    """Keeps the checkpoint of one step, asked for at every save."""
+
+    which: Callable[[Sequence[int]], int | None]
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        kept = self.which(steps)
+        return [step == kept for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of a run, by optimiser step.
 
     Args:
-      directory: made if it is not there (unless read-only).
-      keep_latest: how many of the newest are kept.
+      directory: made if it is not there (unless read-only); ``metrics.jsonl`` beside it says which checkpoint is best.
+      keep_latest: how many of the newest are kept, and the best one beside them; None for all.
       keep_every_steps: those at multiples of this are kept for good; None for none.
-      keep_best: the one with the lowest figure is kept, among those that have one.
       read_only: nothing is written, deleted or moved.
     """
 
@@ -54,26 +66,16 @@ class Checkpoints:
         *,
         keep_latest: int | None = None,
         keep_every_steps: int | None = None,
-        keep_best: bool = False,
         read_only: bool = False,
     ):
-        self._directory, self._read_only, self._keep_best = resolved(directory), read_only, keep_best
+        self._directory, self._read_only = resolved(directory), read_only
+        self._metrics = directory.parent / "metrics.jsonl"
         keep: list[policies.PreservationPolicy] = []
         if not read_only and keep_latest is not None:
-            keep.append(policies.LatestN(keep_latest))
+            keep += [policies.LatestN(keep_latest), _One(self._best_of)]
             if keep_every_steps is not None:
                 keep.append(policies.EveryNSteps(keep_every_steps))
-            if keep_best:
-                lowest = policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[_FIGURE],
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-                keep.append(lowest)
         options = ocp.CheckpointManagerOptions(
-            # Without it Orbax keeps no figures.
-            best_fn=(lambda metrics: metrics[_FIGURE]) if keep_best or read_only else None,
             preservation_policy=policies.AnyPreservationPolicy(keep) if keep else None,
             create=not read_only,
             cleanup_tmp_directories=not read_only,
@@ -85,14 +87,13 @@ class Checkpoints:
         """Steps with a finished checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any], figure: float | None = None) -> None:
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Start writing; returns once the arrays are copied.  Does nothing if the step is saved already.
 
         Args:
           step: optimiser step.
           state: canonical.
           meta: JSON.
-          figure: how good it is, if that was measured; lower is better.
         """
         if step in self._manager.all_steps():
             return
@@ -103,14 +104,16 @@ class Checkpoints:
             args=ocp.args.Composite(
                 model=ocp.args.StandardSave(model), train=ocp.args.StandardSave(train), meta=ocp.args.JsonSave(meta)
             ),
-            metrics={_FIGURE: math.inf if figure is None else figure} if self._keep_best else None,
         )
 
     def best(self) -> int | None:
         """The step with the lowest figure; None if none was measured."""
-        figures = {step: (self._manager.metrics(step) or {}).get(_FIGURE, math.inf) for step in self.steps()}
-        measured = {step: figure for step, figure in figures.items() if math.isfinite(figure)}
-        return min(measured, key=lambda step: measured[step], default=None)
+        return self._best_of(self.steps())
+
+    def _best_of(self, steps: Sequence[int]) -> int | None:
+        # The figures are not Orbax's: it can neither be told one later nor read past one that is damaged.
+        figures = ranking_figures(read_metrics(self._metrics))
+        return min((step for step in steps if step in figures), key=lambda step: figures[step], default=None)
 
     def save_model(self, step: int, variables: dict[str, Any], meta: dict[str, Any]) -> None:
         """Write a checkpoint that has no "train" part, of {"params": ..., ...constants}; a run starts from it, not on."""

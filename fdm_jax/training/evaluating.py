@@ -33,9 +33,6 @@ class Evaluator:
       experiment: of the run.
       mesh: whose devices work on it.
 
-    Attributes:
-      ranks_by: the figure by which checkpoints are best: the Frechet distance if it is measured, else val/error.
-
     Raises:
       UserError: held-out data or statistics that are missing or do not fit.
     """
@@ -46,9 +43,8 @@ class Evaluator:
         self._samples: Callable[[Any, Callable[[], bool]], dict[str, float] | None] | None = None
         if config.held_out_split:
             self._error = _held_out(experiment, mesh)
-            self.ranks_by = "val/error"
         if config.ref:
-            self._samples, self.ranks_by = _frechet(experiment, mesh)
+            self._samples = _frechet(experiment, mesh)
         if self._error is None and self._samples is None:
             raise UserError(
                 "eval.every_images is set, and there is nothing to evaluate: set eval.held_out_split, eval.ref, or both."
@@ -94,9 +90,7 @@ def _held_out(experiment: Experiment, mesh: Mesh) -> DenoisingError:
     return DenoisingError(denoise, images, batch["label"], batch_size=size, rows=sharded(mesh))
 
 
-def _frechet(
-    experiment: Experiment, mesh: Mesh
-) -> tuple[Callable[[Any, Callable[[], bool]], dict[str, float] | None], str]:
+def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Callable[[], bool]], dict[str, float] | None]:
     config, path = experiment.config.eval, place(experiment.config.eval.ref)
     reference = load_reference(local_copy(path))
     kind = config.extractor or reference.description.get("extractor", "inception")
@@ -124,4 +118,4 @@ def _frechet(
                 return None
         return {name: frechet_distance(*counted.result(), reference.mu, reference.sigma)}
 
-    return measure, name
+    return measure

@@ -89,7 +89,6 @@ class _Run:
             workdir / "checkpoints",
             keep_latest=self.config.checkpoint.keep_latest,
             keep_every_steps=max(keep, 1) * self.checkpoint_steps,
-            keep_best=self.config.eval.every_images > 0,
         )
         self._check_config()
         _check_data(source)
@@ -249,21 +248,20 @@ class _Run:
                     rows.clear()
                     tick = now
                 # Before the checkpoint: after a crash between the two, the run goes on from before both.
-                figure = None
+                evaluated = False
                 if eval_steps and (step % eval_steps == 0 or last) and not stopping:
                     fetch(0)
                     began = time.monotonic()
                     if figures := self._evaluate(parallel.get_state(device_state), stop.now):
-                        assert self.evaluator is not None
-                        figure = figures[self.evaluator.ranks_by]
+                        evaluated = True
                         figures["seconds"] = seconds_before + time.monotonic() - self.began
                         if writers is not None:
                             writers.scalars({"step": step, "nimg": nimg} | figures)
                         progress.say(f"{nimg:>11,} images: {_in_words(figures)}")
                     tick += time.monotonic() - began
-                if step % self.checkpoint_steps == 0 or last or stopping or figure is not None:
+                if step % self.checkpoint_steps == 0 or last or stopping or evaluated:
                     fetch(0)
-                    self._save(step, parallel.get_state(device_state), figure)
+                    self._save(step, parallel.get_state(device_state))
                     tick = time.monotonic() if not rows else tick
                 if sample_steps and (step % sample_steps == 0 or last) and not stopping:
                     began = time.monotonic()
@@ -310,9 +308,9 @@ class _Run:
                 self.placed.append((1, self.parallel.put_batch(next(self.batches))))
         return self.placed.popleft()
 
-    def _save(self, step: int, state: TrainState, figure: float | None = None) -> None:
+    def _save(self, step: int, state: TrainState) -> None:
         position = self.batches.get_state(unused=self._unused())
-        self.checkpoints.save(step, state, {"config": self.config.to_dict(), "data": position}, figure)
+        self.checkpoints.save(step, state, {"config": self.config.to_dict(), "data": position})
 
     def _evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
         assert self.evaluator is not None

@@ -12,21 +12,10 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tensorboardX.record_writer import register_writer_factory
 
+from fdm_jax.training.metrics import read_metrics
 from fdm_jax.whole_files import append_text, filesystem, write_text
 
 log = logging.getLogger(__name__)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a crash cut short is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows
 
 
 class _EventObject:

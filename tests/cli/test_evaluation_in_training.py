@@ -16,6 +16,7 @@ from fdm_jax.evaluation.denoising import held_out_error
 from fdm_jax.evaluation.moments import moments
 from fdm_jax.evaluation.references import Reference, save_reference
 from fdm_jax.training.checkpoints import Checkpoints
+from fdm_jax.training.step import TrainState
 
 EVERY = ["--config.eval.every_images=64", "--config.eval.held_out_images=50", "--config.eval.num_images=40"]
 
@@ -96,3 +97,25 @@ def test_bad_input(tmp_path, data_dir, statistics, capsys, arguments, words):
     arguments = [argument.replace("STATISTICS", str(statistics)) for argument in arguments]
     assert main(tiny.arguments(tmp_path / "run", data_dir, *EVERY, *arguments)) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "rows_by_step, best",
+    [
+        ({1: {"val/error": 0.5}, 2: {"val/error": None}, 4: {"val/error": 0.7}}, 1),  # 2: a run that diverged
+        ({1: {"val/error": 0.5}, 2: {"val/error": 0.4}}, 2),  # and then went on without evaluation
+        ({1: {"val/error": 0.5}, 2: {"val/error": 0.6, "eval/fid": 9.0}, 3: {"val/error": 0.4, "eval/fid": 9.5}}, 2),
+    ],
+)
+def test_the_best_is_kept_whatever_comes_after(tmp_path, rows_by_step, best):
+    """Figures that are not finite, none, or of another kind: the best checkpoint is among those of the newest kind."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_latest=1)
+    leaf = jax.numpy.zeros(2)
+    for step in range(1, 6):
+        if row := rows_by_step.get(step):
+            with (tmp_path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **row}) + "\n")
+        checkpoints.save(step, TrainState(leaf, leaf, {}, {"a": leaf}, leaf, leaf), {})
+    checkpoints.wait()
+    assert checkpoints.best() == best and checkpoints.steps() == [best, 5]
+    checkpoints.close()
