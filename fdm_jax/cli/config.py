@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from fdm_jax.defaults import field_names
+from fdm_jax.defaults import default_config, field_names, flatten
 from fdm_jax.errors import UserError, nearest
 
 
@@ -29,7 +29,7 @@ def load(args: argparse.Namespace) -> ConfigDict:
     """The configuration that ``args.config`` and ``args.overrides`` name, locked.
 
     Raises:
-      UserError: no such file, name or field, or a value of the wrong type.
+      UserError: no such file, name or field, or a value that is missing or of the wrong type.
     """
     path, _, name = args.config.partition(":")
     config = _load_file(path, name)
@@ -48,7 +48,18 @@ def load(args: argparse.Namespace) -> ConfigDict:
             if f"config.{field}" in str(error):
                 raise _wrong_type(config, field, value) from error
         raise UserError(f"The configuration cannot be changed as asked: {error}") from error
+    _check_values(values.config)
     return values.config
+
+
+def _check_values(config: ConfigDict) -> None:
+    """Refuse what a ConfigDict lets pass: None in any field, and anything in a tuple."""
+    defaults = flatten(default_config().to_dict())
+    for field, value in flatten(config.to_dict()).items():
+        if value is None and defaults.get(field) is not None:
+            raise UserError(f"{field} has no value, and needs one such as {defaults[field]}.")
+        if isinstance(value, tuple) and not all(type(part) is int for part in value):
+            raise _wrong_type(config, field, str(value))
 
 
 def _load_file(path: str, name: str) -> ConfigDict:

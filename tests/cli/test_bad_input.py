@@ -28,6 +28,7 @@ def refused(capsys, arguments, started=False):
         ("--config.network.preset=unet", "no network preset 'unet'"),
         ("--config.network.model_channels=30", "model_channels = 30"),
         ("--config.network.channel_mult=(1,2,2,2,2)", "resolution must be divisible by 16"),
+        ("--config.network.channel_mult=(1,'a')", "network.channel_mult must be a list of whole numbers such as (1, 2, 2)"),
         ("--config.network.dtype=float16", "network.dtype is 'float16'"),
         ("--config.data.source=digts", "did you mean 'digits'"),
         ("--config.data.source=/nowhere/images.zip", "/nowhere/images.zip"),
@@ -44,6 +45,15 @@ def test_bad_configuration(capsys, tmp_path, data_dir, override, sentence):
         arguments += ["--config.data.class_conditional=False"]
     assert sentence in refused(capsys, arguments)
     assert not list(tmp_path.rglob("checkpoints/[0-9]*"))
+
+
+def test_field_that_a_file_leaves_without_a_value(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from fdm_jax.defaults import recipe\ndef get_config():\n    config = recipe('digits')\n"
+        "    config.train.ema_rampup_ratio = None\n    return config\n"
+    )
+    sentence = refused(capsys, ["train", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}"])
+    assert "train.ema_rampup_ratio has no value, and needs one such as 0.05" in sentence
 
 
 def test_unknown_recipe_and_file(capsys, tmp_path):
