@@ -1,5 +1,6 @@
-"""One training process per workdir in a bucket: live holders are respected, dead ones are not."""
+"""One training process per workdir, in a bucket too: live holders are respected, dead ones are not."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -23,6 +24,16 @@ def quick(monkeypatch):
 
 def holder(store, name):
     return json.loads(store.text("bucket", f"{name}/.lock"))
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(locking.fcntl, "flock", flock)
+    with locking.locked(tmp_path / "run"):
+        said = capsys.readouterr().err
+    assert "cannot be locked (Function not implemented): see to it that nothing else trains there." in said
 
 
 def test_lock_is_held_and_given_back(store):

@@ -26,6 +26,8 @@ BEAT, STALE = 15.0, 60.0
 def locked(workdir: Path, hold: bool = True) -> Iterator[None]:
     """Make the workdir, and keep a second process from training in it; death of the process frees it.
 
+    Where the file system has no locks (Lustre and NFS as some clusters mount them), a line says that nobody is kept out.
+
     On Google Cloud Storage the lock is an object that its holder keeps writing.  Who finds one waits until it has not
     changed for :data:`STALE` seconds, by its own clock, and then takes it over.  A holder that could not write for so
     long (stopped, or cut off) may so be overtaken; it ends at its next beat, and until then both may write.
@@ -58,6 +60,12 @@ def _local_lock(workdir: Path, hold: bool) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise _in_use(workdir) from None
+            except OSError as error:
+                print(
+                    f"The workdir {workdir} cannot be locked ({error.strerror}): see to it that nothing else trains there.",
+                    file=sys.stderr,
+                    flush=True,
+                )
         yield
 
 
