@@ -29,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir", required=True, type=place_argument, metavar="DIR", help="where everything of the run is kept"
     )
     parser.add_argument(
-        "--init_from", "--init-from", metavar="DIR", help="start from the averaged weights in another workdir"
+        "--init_from",
+        "--init-from",
+        type=place_argument,
+        metavar="DIR",
+        help="start from the averaged weights in another workdir",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check configuration, data and devices, print them, and stop there"

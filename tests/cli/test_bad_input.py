@@ -28,7 +28,10 @@ def refused(capsys, arguments, started=False):
         ("--config.network.preset=unet", "no network preset 'unet'"),
         ("--config.network.model_channels=30", "model_channels = 30"),
         ("--config.network.channel_mult=(1,2,2,2,2)", "resolution must be divisible by 16"),
-        ("--config.network.channel_mult=(1,'a')", "network.channel_mult must be a list of whole numbers such as (1, 2, 2)"),
+        (
+            "--config.network.channel_mult=(1,'a')",
+            "network.channel_mult must be a list of whole numbers such as (1, 2, 2)",
+        ),
         ("--config.network.dtype=float16", "network.dtype is 'float16'"),
         ("--config.data.source=digts", "did you mean 'digits'"),
         ("--config.data.source=/nowhere/images.zip", "/nowhere/images.zip"),
@@ -69,6 +72,7 @@ def test_unknown_recipe_and_file(capsys, tmp_path):
     "arguments",
     [
         ["train", "--config=configs/edm.py:digits", "--workdir="],
+        ["train", "--config=configs/edm.py:digits", "--workdir=runs/x", "--init_from="],
         ["generate", "--workdir", "", "--seeds=0", "--out=x.png"],
         ["generate", "--workdir=runs/x", "--seeds=0", "--out="],
         ["dataset", "stats", "digits", "--out="],
