@@ -4,52 +4,51 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import register_writer_factory
 
 from fdm_jax.training.metrics import read_metrics
-from fdm_jax.whole_files import append_text, filesystem, write_text
+from fdm_jax.whole_files import append_text, filesystem, make_folder, write_text
 
 log = logging.getLogger(__name__)
 
+_SECONDS_BETWEEN_UPLOADS = 120.0
+
 
 class _EventObject:
-    """A TensorBoard file on Google Cloud Storage: kept in memory, and written whole at each flush, every two minutes.
-
-    In place of tensorboardX's own, which writes once more whenever it is garbage-collected, and waits minutes for that.
-    """
+    """A TensorBoard file on Google Cloud Storage: kept in memory, and written whole every two minutes and at the end."""
 
     def __init__(self, path: str):
-        self._path, self._content, self._written = path, bytearray(), 0
+        self._path, self._content, self._next = path, bytearray(), 0.0
 
     def write(self, data: bytes) -> None:
         """Append."""
         self._content += data
 
     def flush(self) -> None:
-        """Upload; called by tensorboardX's thread."""
-        size = len(self._content)
-        if size > self._written:
-            try:
-                filesystem().pipe_file(self._path, bytes(self._content))
-                self._written = size
-            except Exception as error:  # the next flush brings all of it; figures are in metrics.jsonl too
-                log.warning("%s cannot be written: %s", self._path, error)
+        """Upload, if it is time."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _SECONDS_BETWEEN_UPLOADS
+            self.close()
 
     def close(self) -> None:
-        """All is flushed by then."""
+        """Upload."""
+        try:
+            filesystem().pipe_file(self._path, bytes(self._content))
+        except Exception as error:  # the next upload brings all of it; figures are in metrics.jsonl too
+            log.warning("%s cannot be written: %s", self._path, error)
 
 
 class _EventObjects:
     open = staticmethod(_EventObject)
-
-    def directory_check(self, path: str) -> None:
-        """There are no folders."""
 
 
 register_writer_factory("gs", _EventObjects())
@@ -57,6 +56,9 @@ register_writer_factory("gs", _EventObjects())
 
 class Writers:
     """``metrics.jsonl`` and ``tensorboard/`` in a workdir, with images seen as the x axis.
+
+    What is reported is in the files when the call returns.  (Not by tensorboardX's SummaryWriter: its thread holds
+    figures back for two minutes, and where the disk is full it dies and leaves its callers waiting for ever.)
 
     Args:
       workdir: where to.
@@ -68,7 +70,12 @@ class Writers:
         self._path = workdir / "metrics.jsonl"
         self.rows = [row for row in read_metrics(self._path) if row["step"] <= step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=nimg + 1 if step else None)
+        make_folder(workdir / "tensorboard")
+        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+        self._add(nimg + 1, session_log=SessionLog(status=SessionLog.START))  # takes back, as above
+
+    def _add(self, nimg: int, **what: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=nimg, **what))
 
     def scalars(self, row: Mapping[str, Any]) -> None:
         """One row with "step", "nimg" and figures.  JSON has no infinity: what is not finite is written as null."""
@@ -77,12 +84,14 @@ class Writers:
         append_text(self._path, json.dumps(row) + "\n")
         for key, value in row.items():
             if key not in ("step", "nimg") and value is not None:
-                self._tensorboard.add_scalar(key, value, row["nimg"])
+                self._add(row["nimg"], summary=summary.scalar(key, value))
+        self._events.flush()
 
     def image(self, name: str, image: np.ndarray, nimg: int) -> None:
         """One picture, uint8 [H, W, C]."""
-        self._tensorboard.add_image(name, image, nimg, dataformats="HWC")
+        self._add(nimg, summary=summary.image(name, image, dataformats="HWC"))
+        self._events.flush()
 
     def close(self) -> None:
-        """Write out what is buffered."""
-        self._tensorboard.close()
+        """On Google Cloud Storage, the last upload."""
+        self._events.close()

@@ -94,6 +94,8 @@ def run(store, data_dir):
         "gs://bucket/short", data_dir, "--config.train.images=64", "--config.log.every_images=16"
     )
     assert main(arguments) == 0
+    (events,) = store.names("bucket", "short/tensorboard/")
+    assert b"learning_rate" in store.objects["bucket", events][0]
     return "gs://bucket/short"
 
 
