@@ -29,6 +29,7 @@ from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
 from fdm_jax.training.checkpoints import Checkpoints, check_alike
 from fdm_jax.training.evaluating import Evaluator
 from fdm_jax.training.locking import locked
+from fdm_jax.training.metrics import is_evaluation
 from fdm_jax.training.parallel import parallelise
 from fdm_jax.training.step import TrainState, init_state, make_train_step
 from fdm_jax.training.stopping import stop_requests
@@ -186,10 +187,11 @@ class _Run:
         parallel = self.parallel
         device_state = parallel.put_state(state)
         del state
-        log_steps, sample_steps = self._steps(self.config.log.every_images), None
-        if self.config.samples.every_images:
-            sample_steps = self._steps(self.config.samples.every_images)
-        eval_steps = self._steps(self.config.eval.every_images) if self.evaluator is not None else None
+        log_steps = self._steps(self.config.log.every_images)
+        eval_steps, sample_steps = (
+            self._steps(section.every_images) if section.every_images else None
+            for section in (self.config.eval, self.config.samples)
+        )
         seconds_before = max((row.get("seconds") or 0.0 for row in writers.rows), default=0.0) if writers else 0.0
         pending: collections.deque[Any] = collections.deque()
         rows: list[dict[str, float]] = []
@@ -210,6 +212,45 @@ class _Run:
                         f"{max(self.checkpoints.steps(), default=0)}."
                     )
 
+        def due(every: int | None) -> bool:
+            """Whether what is done every so many steps, and at the end, is to be done now."""
+            return every is not None and (step % every == 0 or step == self.total_steps)
+
+        def report() -> None:
+            """A row of the steps since the last one."""
+            nonlocal tick
+            fetch(0)
+            now = time.monotonic()
+            row = _summary(step, step * self.batch_size, rows)
+            counted = step - max(step - len(rows), warm_from)
+            row["img_per_s"] = counted * self.batch_size / max(now - tick, 1e-9)
+            row["seconds"] = seconds_before + now - self.began
+            if writers is not None:
+                writers.scalars(row)
+            progress.report(row["img_per_s"], f"loss {row['loss']:<8.4g}")
+            rows.clear()
+            tick = now
+
+        def evaluate() -> bool:
+            """Whether it was done, and not broken off by a signal."""
+            nonlocal tick
+            fetch(0)
+            began = time.monotonic()
+            if figures := self._evaluate(parallel.get_state(device_state), stop.now):
+                figures["seconds"] = seconds_before + time.monotonic() - self.began
+                if writers is not None:
+                    writers.scalars({"step": step, "nimg": step * self.batch_size} | figures)
+                progress.say(f"{step * self.batch_size:>11,} images: {_in_words(figures)}")
+            tick += time.monotonic() - began
+            return figures is not None
+
+        def sample() -> None:
+            nonlocal tick
+            fetch(0)
+            began = time.monotonic()
+            self._write_samples(parallel.get_state(device_state), step * self.batch_size, writers)
+            tick += time.monotonic() - began
+
         with stop_requests() as stop, self._closing() as closing:
             closing.callback(self.checkpoints.close)
             closing.callback(self.batches.close)
@@ -217,12 +258,17 @@ class _Run:
             if writers is not None:
                 closing.callback(writers.close)
             stopping, programs, warm_from = False, 0, first_step
+            # What the last start was ended before.
+            to_evaluate, to_sample = self._undone(step, writers)
+            if due(eval_steps) and to_evaluate:
+                stopping = not evaluate()
+            if due(sample_steps) and to_sample and not stopping:
+                sample()
             while step < self.total_steps and not stopping:
                 count, batch = self._next_batches(step)
                 device_state, metrics = (parallel.step if count == 1 else parallel.steps)(device_state, batch)
                 programs += 1
                 step += count
-                nimg = step * self.batch_size
                 pending.append(metrics)
                 if programs == 1:
                     fetch(0)
@@ -230,52 +276,37 @@ class _Run:
                     progress.say(f"First step done {time.monotonic() - self.began:.1f} s after the start.")
                     tick = time.monotonic()  # compilation is not training speed
                 fetch(PROGRAMS_IN_FLIGHT)
-                progress.advance(nimg)
+                progress.advance(step * self.batch_size)
                 if watch is not None:
                     watch(step)
                 last = step == self.total_steps
                 stopping = stop.after(programs)
                 if step % log_steps == 0 or last or stopping:
-                    fetch(0)
-                    now = time.monotonic()
-                    row = _summary(step, nimg, rows)
-                    counted = step - max(step - len(rows), warm_from)
-                    row["img_per_s"] = counted * self.batch_size / max(now - tick, 1e-9)
-                    row["seconds"] = seconds_before + now - self.began
-                    if writers is not None:
-                        writers.scalars(row)
-                    progress.report(row["img_per_s"], f"loss {row['loss']:<8.4g}")
-                    rows.clear()
-                    tick = now
+                    report()
                 # Before the checkpoint: after a crash between the two, the run goes on from before both.
                 evaluated = False
-                if eval_steps and (step % eval_steps == 0 or last) and not stopping:
-                    fetch(0)
-                    began = time.monotonic()
-                    if figures := self._evaluate(parallel.get_state(device_state), stop.now):
-                        evaluated = True
-                        figures["seconds"] = seconds_before + time.monotonic() - self.began
-                        if writers is not None:
-                            writers.scalars({"step": step, "nimg": nimg} | figures)
-                        progress.say(f"{nimg:>11,} images: {_in_words(figures)}")
-                    tick += time.monotonic() - began
+                if due(eval_steps) and not stopping:
+                    evaluated = evaluate()
+                    stopping = not evaluated  # here, where the next start finds that it is still to be done
+                    if stopping and rows:
+                        report()
                 if step % self.checkpoint_steps == 0 or last or stopping or evaluated:
                     fetch(0)
                     self._save(step, parallel.get_state(device_state))
                     tick = time.monotonic() if not rows else tick
-                if sample_steps and (step % sample_steps == 0 or last) and not stopping:
-                    began = time.monotonic()
-                    self._write_samples(parallel.get_state(device_state), nimg, writers)
-                    tick += time.monotonic() - began
+                if due(sample_steps) and not stopping:
+                    sample()
             self.checkpoints.wait()
             if writers is not None:
                 _write_curves(self.workdir, writers.rows)
-            if step < self.total_steps:
+            # Stopped after the last step, what belongs to the end is still to be done.
+            complete = step >= self.total_steps and not (stopping and any(map(due, (eval_steps, sample_steps))))
+            if not complete:
                 sentence = f"Stopped by {stop.reason} at step {step:,}, saved; the same command goes on from here."
                 if stop.preempted:
                     raise RestartNeeded(sentence)
                 progress.say(sentence)
-        return step >= self.total_steps
+        return complete
 
     @contextlib.contextmanager
     def _closing(self) -> Iterator[contextlib.ExitStack]:
@@ -316,6 +347,21 @@ class _Run:
         assert self.evaluator is not None
         return self.evaluator({"params": state.ema, **state.constants}, stop)
 
+    def _undone(self, step: int, writers: Writers | None) -> tuple[bool, bool]:
+        """Whether there is no evaluation, and no picture, of the step that this start goes on from.
+
+        The first process looks, for all: they must agree, and files may show later in one than in the other.
+        """
+        undone = [False, False]
+        if step and writers is not None:
+            evaluated = any(row["step"] == step and is_evaluation(row) for row in writers.rows)
+            undone = [not evaluated, not self._picture(step * self.batch_size).exists()]
+        evaluation, picture = multihost_utils.broadcast_one_to_all(np.array(undone))
+        return bool(evaluation), bool(picture)
+
+    def _picture(self, nimg: int) -> Path:
+        return self.workdir / "samples" / f"{nimg:012d}.png"
+
     def _write_samples(self, state: TrainState, nimg: int, writers: Writers | None) -> None:
         """A grid from the EMA with seeds 0, 1, ...; with classes, a class per column."""
         samples, classes = self.config.samples, self.experiment.num_classes
@@ -333,7 +379,7 @@ class _Run:
         scale = max(1, 32 // self.experiment.image_shape[0])
         grid = pictures.image_grid(images, columns, scale=scale)
         make_folder(self.workdir / "samples")
-        pictures.save_png(grid, self.workdir / "samples" / f"{nimg:012d}.png")
+        pictures.save_png(grid, self._picture(nimg))
         writers.image("samples", np.asarray(grid.convert("RGB")), nimg)
 
 

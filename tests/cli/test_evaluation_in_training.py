@@ -1,6 +1,7 @@
 """Evaluation while training: its figures, the best checkpoint, and that training goes on as without it."""
 
 import json
+import signal
 
 import jax
 import numpy as np
@@ -15,7 +16,9 @@ from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.evaluation.denoising import held_out_error
 from fdm_jax.evaluation.moments import moments
 from fdm_jax.evaluation.references import Reference, save_reference
+from fdm_jax.training import loop
 from fdm_jax.training.checkpoints import Checkpoints
+from fdm_jax.training.evaluating import Evaluator
 from fdm_jax.training.step import TrainState
 
 EVERY = ["--config.eval.every_images=64", "--config.eval.held_out_images=50", "--config.eval.num_images=40"]
@@ -81,6 +84,59 @@ def test_training_is_as_without_it(run, straight_run):
     assert_same_end(run, straight_run, 20)
     training = [row for row in rows(run) if "loss" in row]
     assert training == rows(straight_run)
+
+
+def test_what_the_end_of_a_start_prevents_the_next_one_does(tmp_path, data_dir, monkeypatch, capsys):
+    """SIGTERM in the middle of an evaluation, and an end like a kill between the last checkpoint and its samples."""
+    more = [*EVERY, "--config.samples.every_images=64", "--config.samples.rows=1", "--config.samples.steps=2",
+            "--config.train.images=128"]  # fmt: skip
+    straight, stopped = (tmp_path / name for name in ("straight", "stopped"))
+    assert main(tiny.arguments(straight, data_dir, *more)) == 0
+
+    def broken_off(self, variables, stop):
+        signal.raise_signal(signal.SIGTERM)
+        return None if stop() else pytest.fail("nothing would break it off")
+
+    def killed(self, state, nimg, writers):
+        if nimg == 128:
+            raise KeyboardInterrupt
+        return write_samples(self, state, nimg, writers)
+
+    write_samples = loop._Run._write_samples
+    with monkeypatch.context() as patches:
+        patches.setattr(Evaluator, "__call__", broken_off)
+        assert main(tiny.arguments(stopped, data_dir, *more)) == 0
+        assert "Stopped by SIGTERM at step 4, saved" in capsys.readouterr().err
+        assert not evaluations(stopped) and not (stopped / "samples").exists()
+    with monkeypatch.context() as patches:
+        patches.setattr(loop._Run, "_write_samples", killed)
+        assert main(tiny.arguments(stopped, data_dir, *more)) == 130
+    for _ in range(2):
+        assert main(tiny.arguments(stopped, data_dir, *more)) == 0
+        assert rows(stopped) == rows(straight)
+    pictures = [{path.name: path.read_bytes() for path in (run / "samples").iterdir()} for run in (straight, stopped)]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 2
+
+
+@pytest.mark.parametrize("stopped_in", ["step", "evaluation"])
+def test_a_stop_at_the_last_step_is_not_the_end(tmp_path, data_dir, monkeypatch, capsys, stopped_in):
+    """The run is complete when it is evaluated, too."""
+    arguments = tiny.arguments(tmp_path / "run", data_dir, *EVERY, "--config.train.images=16")
+
+    def signalled(self, *args):
+        signal.raise_signal(signal.SIGTERM)
+        return next_batches(self, *args) if stopped_in == "step" else None
+
+    next_batches = loop._Run._next_batches
+    with monkeypatch.context() as patches:
+        if stopped_in == "step":
+            patches.setattr(loop._Run, "_next_batches", signalled)
+        else:
+            patches.setattr(Evaluator, "__call__", signalled)
+        assert main(arguments) == 0
+    assert "Stopped by SIGTERM at step 1, saved" in capsys.readouterr().err and not evaluations(tmp_path / "run")
+    assert main(arguments) == 0
+    assert "Stopped" not in capsys.readouterr().err and len(evaluations(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize(
