@@ -134,27 +134,32 @@ def loop(args: argparse.Namespace) -> Traced:
     from fdm_jax.ahead import lower_step
     from fdm_jax.cli.config import load
     from fdm_jax.experiment import Experiment, open_data
-    from fdm_jax.training.loop import train
+    from fdm_jax.training.loop import PROGRAMS_IN_FLIGHT, train
 
     steps, remat = args.steps or 50, f"({args.remat},)" if args.remat else None
     for field, value in (("train.batch_size", args.batch_size), ("network.dtype", args.dtype), ("remat", remat)):
         if value is not None:
             args.overrides.append(f"--config.{field}={value}")
     config = load(args)
-    images = config.train.batch_size * (LOOP_WARM_UP + steps + 2 * config.train.steps_at_once)
+    at_once = config.train.steps_at_once
+    warm_up = max(LOOP_WARM_UP, (PROGRAMS_IN_FLIGHT + 1) * at_once)  # until as many are under way as ever
+    images = config.train.batch_size * (warm_up + steps + 2 * at_once)
     config.update_from_flattened_dict({
         "train.images": images, "checkpoint.every_images": images, "samples.every_images": 0, "eval.every_images": 0,
     })  # fmt: skip
     source = open_data(config)
     experiment = Experiment.from_config(config, source.spec)
     traces: list[list[Path]] = []
+    ends: list[int] = []  # of what is traced, in steps
     with tempfile.TemporaryDirectory(prefix="fdm_profile_") as workdir, contextlib.ExitStack() as stack:
 
         def watch(step: int) -> None:
-            if step >= LOOP_WARM_UP + steps:
-                stack.close()  # as many steps are under way as at the beginning: it has all that it should have
+            if ends and step >= ends[0] + steps:
+                ends.append(step)
+                stack.close()  # as many programs are under way as at the beginning: it has all that it should have
                 raise _Enough
-            if step >= LOOP_WARM_UP and not traces:
+            if step >= warm_up and not ends:
+                ends.append(step)
                 traces.append(stack.enter_context(tracing(args.out)))
 
         with contextlib.suppress(_Enough):
@@ -162,8 +167,9 @@ def loop(args: argparse.Namespace) -> Traced:
             raise KeyboardInterrupt  # which the loop keeps to itself; nothing else ends it so early
     network, spec = experiment.network, experiment.spec
     shapes = parameter_shapes(network, spec, experiment.image_shape)
-    text = lower_step(experiment, jax.devices(), config.train.steps_at_once).compile().as_text()
-    return Traced(traces[0][0], text, shapes, steps, describe(args.config, network, spec))
+    text = lower_step(experiment, jax.devices(), at_once).compile().as_text()
+    # Of several steps as one program, there are whole programs in the trace, and perhaps more steps than asked for.
+    return Traced(traces[0][0], text, shapes, ends[1] - ends[0], describe(args.config, network, spec))
 
 
 class _Enough(Exception):

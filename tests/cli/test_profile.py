@@ -70,13 +70,13 @@ def test_sampling(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_loop(tmp_path, capsys, at_once):
-    """What `fdm train` does, stopped when there is enough; nothing of its workdir is left."""
+@pytest.mark.parametrize(("at_once", "steps"), [(1, 6), (2, 6), (16, 16)])
+def test_loop(tmp_path, capsys, at_once, steps):
+    """What `fdm train` does, in whole programs, stopped when there is enough; nothing of its workdir is left."""
     arguments = ["--what=loop", "--steps=6", "--batch-size=8", "--remat=8", f"--config.train.steps_at_once={at_once}"]
     assert main(["profile", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, f"--out={tmp_path}", *arguments]) == 0
     summary = json.loads((tmp_path / "profile.json").read_text())
-    assert (summary["what"], summary["steps"], summary["batch_size"]) == ("loop", 6, 8)
+    assert (summary["what"], summary["steps"], summary["batch_size"]) == ("loop", steps, 8)
     named = sum(row["share"] for row in summary["categories"] if row["name"] != "not in the program")
     assert named > 0.99
     assert {"forward", "backward", "recomputed"} <= {row["name"] for row in summary["passes"]}
