@@ -83,14 +83,14 @@ def start(arguments, devices=1, **kwargs):
     )  # fmt: skip
 
 
-def start_all(arguments, processes, devices=1, others=None):
-    """The program as so many processes of so many devices each, which find each other; ``others``: but the first."""
+def start_all(arguments, processes, devices=1):
+    """The program as so many processes of so many devices each, which find each other; "HOST" is a process's number."""
     if processes == 1:
         return [start(arguments, devices)]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     return [
-        start([*(others if others and i else arguments), f"--distributed={address},{processes},{i}"], devices)
+        start([*(a.replace("HOST", str(i)) for a in arguments), f"--distributed={address},{processes},{i}"], devices)
         for i in range(processes)
     ]

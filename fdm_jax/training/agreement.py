@@ -1,0 +1,47 @@
+"""What several processes of one run must have in common: where they do not, each would go its own way, or wait for ever."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import secrets
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fdm_jax.data.sources import Source
+from fdm_jax.errors import UserError
+from fdm_jax.whole_files import is_remote, write_text
+
+
+def check_workdir(workdir: Path) -> None:
+    """Raise a UserError, in all processes alike, unless all of them see one folder: they would wait for ever."""
+    if jax.process_count() == 1 or is_remote(workdir):
+        return
+    # A name that nobody has looked for before: network file systems remember what was not there.
+    mark = workdir / f".seen_by_all_{secrets.randbelow(2**31)}"
+    if jax.process_index() == 0:
+        write_text(mark, "")
+    number = multihost_utils.broadcast_one_to_all(np.int32(mark.name.rpartition("_")[2]))
+    seen = multihost_utils.process_allgather(np.array(mark.with_name(f".seen_by_all_{number}").exists()))
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not seen.all():
+        raise UserError(
+            f"The workdir {workdir} is another folder for process {np.argmin(seen)} than for process 0: give one that all "
+            "of them see, on a shared file system or gs://."
+        )
+
+
+def check_data(source: Source) -> None:
+    """Refuse different data in different processes, such as copies on their hosts: each would have an order of its own."""
+    if jax.process_count() == 1:
+        return
+    spec = dataclasses.replace(source.spec, name="", class_names=None)
+    some = source.read(np.linspace(0, len(source) - 1, 16).astype(np.int64))
+    digest = hashlib.sha256(repr(spec).encode() + some["image"].tobytes() + some["label"].tobytes()).digest()
+    ours = np.frombuffer(digest, np.uint8)
+    if (multihost_utils.process_allgather(ours) != ours).any():
+        raise UserError(f"The processes have different data ({source.spec} in this one): give all of them the same.")
