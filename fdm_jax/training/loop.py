@@ -125,8 +125,6 @@ class _Run:
                     f"{self.workdir} holds a run of another configuration, which differs in {'; '.join(fields)}: "
                     "give the same configuration to go on, or another --workdir."
                 )
-        if self.main:
-            write_text(self.workdir / "config.json", to_json(self.config))
 
     def _initial_state(self) -> TrainState:
         """From the newest checkpoint, or fresh; canonical."""
@@ -179,6 +177,8 @@ class _Run:
 
     def train(self, watch: Callable[[int], None] | None = None) -> bool:
         state = self._initial_state()
+        if self.main:  # not before it is sure that the run goes on with it
+            write_text(self.workdir / "config.json", to_json(self.config))
         step = first_step = int(state.step)
         writers = Writers(self.workdir, step, step * self.batch_size) if self.main else None
         progress = Progress(self.total_steps * self.batch_size, step * self.batch_size, quiet=not self.main)

@@ -107,7 +107,10 @@ def test_unknown_argument_is_an_argparse_error(capsys, tmp_path, argument):
 def test_workdir_of_another_configuration_names_the_fields(capsys, straight_run, data_dir):
     sentence = refused(capsys, tiny.arguments(straight_run, data_dir, "--config.warmup_steps=99", "--config.seed=4"))
     assert "seed (0 there, 4 here)" in sentence and "warmup_steps (13 there, 99 here)" in sentence
-    assert json.loads((straight_run / "config.json").read_text())["seed"] == 0
+    more = ["--config.eval.every_images=64", "--config.eval.ref=nowhere.npz"]
+    assert "nowhere.npz cannot be read" in refused(capsys, tiny.arguments(straight_run, data_dir, *more))
+    config = json.loads((straight_run / "config.json").read_text())
+    assert config["seed"] == 0 and config["eval"]["ref"] is None
 
 
 def test_workdir_that_cannot_be_written(capsys, tmp_path, data_dir):
