@@ -223,11 +223,13 @@ class _Run:
             now = time.monotonic()
             row = _summary(step, step * self.batch_size, rows)
             counted = step - max(step - len(rows), warm_from)
-            row["img_per_s"] = counted * self.batch_size / max(now - tick, 1e-9)
+            speed = counted * self.batch_size / max(now - tick, 1e-9)
+            if counted:
+                row["img_per_s"] = speed
             row["seconds"] = seconds_before + now - self.began
             if writers is not None:
                 writers.scalars(row)
-            progress.report(row["img_per_s"], f"loss {row['loss']:<8.4g}")
+            progress.report(speed, f"loss {row['loss']:<8.4g}")
             rows.clear()
             tick = now
 
