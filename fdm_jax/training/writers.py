@@ -57,8 +57,9 @@ register_writer_factory("gs", _EventObjects())
 class Writers:
     """``metrics.jsonl`` and ``tensorboard/`` in a workdir, with images seen as the x axis.
 
-    What is reported is in the files when the call returns.  (Not by tensorboardX's SummaryWriter: its thread holds
-    figures back for two minutes, and where the disk is full it dies and leaves its callers waiting for ever.)
+    What is reported is in the files when the call returns, but for TensorBoard's on Google Cloud Storage.  (Not by
+    tensorboardX's SummaryWriter: its thread holds figures back for two minutes, and where the disk is full it dies and
+    leaves its callers waiting for ever.)
 
     Args:
       workdir: where to.
