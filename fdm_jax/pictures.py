@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fdm_jax.errors import UserError
-from fdm_jax.whole_files import place, replace_file
+from fdm_jax.whole_files import place, write_whole
 
 
 def image_grid(images: np.ndarray, columns: int, *, scale: int = 1, gap: int = 1) -> Image.Image:
@@ -46,7 +46,7 @@ def image_grid(images: np.ndarray, columns: int, *, scale: int = 1, gap: int = 1
 
 
 def save_png(image: Image.Image | np.ndarray, path: str | os.PathLike[str]) -> None:
-    """Write a picture, whole or not at all; an array is uint8 [H, W, C], grey (C = 1) or RGB (C = 3).
+    """Write a picture, whole or not at all, into a folder that is made; an array is uint8 [H, W, C], C being 1 or 3.
 
     Raises:
       UserError: the file cannot be written, or the array is of another kind.
@@ -131,14 +131,10 @@ def _picture(image: np.ndarray) -> Image.Image:
 
 
 def _write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
-    """Let ``write`` fill a picture, whole or not at all."""
-    path = place(path)
+    """Let ``write`` fill a picture, whole or not at all; its folder is made."""
 
     def fill(temporary: Path) -> None:
         with temporary.open("wb") as file:
             write(file)
 
-    try:
-        replace_file(path, fill)
-    except OSError as error:
-        raise UserError(f"The picture {path} cannot be written: {error.strerror or error}.") from error
+    write_whole(place(path), fill)
