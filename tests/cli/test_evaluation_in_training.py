@@ -97,19 +97,19 @@ def test_what_the_end_of_a_start_prevents_the_next_one_does(tmp_path, data_dir, 
         signal.raise_signal(signal.SIGTERM)
         return None if stop() else pytest.fail("nothing would break it off")
 
-    def killed(self, state, nimg, writers):
-        if nimg == 128:
+    def killed(self):
+        if self.nimg == 128:
             raise KeyboardInterrupt
-        return write_samples(self, state, nimg, writers)
+        sample(self)
 
-    write_samples = loop._Run._write_samples
+    sample = loop._Run._sample
     with monkeypatch.context() as patches:
         patches.setattr(Evaluator, "__call__", broken_off)
         assert main(tiny.arguments(stopped, data_dir, *more)) == 0
         assert "Stopped by SIGTERM at step 4, saved" in capsys.readouterr().err
         assert not evaluations(stopped) and not (stopped / "samples").exists()
     with monkeypatch.context() as patches:
-        patches.setattr(loop._Run, "_write_samples", killed)
+        patches.setattr(loop._Run, "_sample", killed)
         assert main(tiny.arguments(stopped, data_dir, *more)) == 130
     for _ in range(2):
         assert main(tiny.arguments(stopped, data_dir, *more)) == 0

@@ -1,0 +1,96 @@
+"""What a run starts from: its newest checkpoint, the weights of another run, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import clu.parameter_overview
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdm_jax.errors import UserError
+from fdm_jax.experiment import Experiment, differing_fields
+from fdm_jax.training.checkpoints import Checkpoints, check_alike
+from fdm_jax.training.step import TrainState, init_state
+from fdm_jax.whole_files import place, write_text
+
+
+def check_configuration(checkpoints: Checkpoints, experiment: Experiment, workdir: Path) -> None:
+    """Raise a UserError unless the run in a workdir, if there is one, is this one."""
+    meta = checkpoints.latest_meta()
+    if meta is None:
+        return
+    if "data" not in meta:
+        raise UserError(
+            f"{workdir} holds an imported model, which has no state of training to go on from: start from it "
+            f"with --init_from={workdir} and another --workdir."
+        )
+    fields = differing_fields(meta["config"], experiment.config.to_dict())
+    if fields:
+        raise UserError(
+            f"{workdir} holds a run of another configuration, which differs in {'; '.join(fields)}: "
+            "give the same configuration to go on, or another --workdir."
+        )
+
+
+def initial_state(
+    experiment: Experiment, state_sharding: Callable[[Any], Any], checkpoints: Checkpoints, workdir: Path
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """The state to go on from, canonical, and the position in the data; None for that if the run is new.
+
+    Args:
+      experiment: the run.
+      state_sharding: shapes of a state -> where each of its arrays is to lie.
+      checkpoints: of the run.
+      workdir: of the run; a new one gets its ``parameters.txt``.
+
+    Raises:
+      UserError: there are checkpoints, and none can be read; or init_from names no model of this shape.
+    """
+
+    def fresh() -> TrainState:
+        return init_state(experiment.network, experiment.spec, experiment.image_shape)
+
+    shapes = jax.eval_shape(fresh)
+    shardings = state_sharding(shapes)
+    init = jax.jit(
+        fresh,
+        out_shardings=shardings,
+        # Run once: LLVM's optimisations would take three times as long as they save.
+        compiler_options={"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None,
+    )
+    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+    restored = checkpoints.restore(like)
+    if restored is not None:
+        state, meta = restored
+        return state, meta["data"]
+    state = init()
+    if experiment.config.init_from:
+        state = _with_weights_of(state, place(experiment.config.init_from))
+    if jax.process_index() == 0:
+        overview = clu.parameter_overview.get_parameter_overview(state.params, include_stats=False)
+        write_text(workdir / "parameters.txt", overview + "\n")
+        count = clu.parameter_overview.count_parameters(state.params)
+        print(f"Parameters: {count:,}, listed in {workdir / 'parameters.txt'}.", flush=True)
+    return state, None
+
+
+def _with_weights_of(state: TrainState, workdir: Path) -> TrainState:
+    """The first state of a run with the averaged weights of another."""
+    step, variables, _ = Checkpoints(workdir / "checkpoints", read_only=True).restore_model()
+    try:
+        check_alike(variables, {"params": state.params, **state.constants}, "this configuration's network")
+    except UserError as error:
+        raise UserError(f"init_from={workdir} cannot be used: {error}") from error
+    if jax.process_index() == 0:
+        print(f"Weights: the average of {workdir}, step {step:,}.", flush=True)
+    # Computed, not put: what is put on a device may share memory with where it came from, and the first step gives
+    # both parameters and average away.
+    host = jax.tree.map(np.asarray, variables)
+    shardings = jax.tree.map(lambda a: a.sharding, {"params": state.params, **state.constants})
+    copies = jax.jit(lambda v: jax.tree.map(jnp.copy, (v, v["params"])), out_shardings=(shardings, shardings["params"]))
+    own, ema = copies(host)
+    return state.replace(params=own.pop("params"), ema=ema, constants=own)
