@@ -24,19 +24,20 @@ import importlib.metadata
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
-from fdm_jax.cli.images import Images, existing_images, generated_images
+from fdm_jax.cli.distributed import add_distributed_argument, joined
+from fdm_jax.cli.features import FEATURES, extract_all, gather
+from fdm_jax.cli.images import existing_images, generated_images
 from fdm_jax.cli.places import path_argument, place_argument
-from fdm_jax.cli.record import SETTINGS, made_otherwise, read_settings
+from fdm_jax.cli.record import write_json
 from fdm_jax.cli.sampling import add_checkpoint_argument, add_sampling_arguments
 from fdm_jax.errors import UserError
-from fdm_jax.whole_files import make_folder, remove_folder, save_npz, write_whole
+from fdm_jax.whole_files import remove_folder
 
 if TYPE_CHECKING:
     from fdm_jax.data.sources import Source
@@ -152,12 +153,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     seconds, piece = extract_all(folder, settings, images, extractor, args)
     if jax.process_index():
         return 0  # the first process has all features before it
-    features, logits = _gather(folder / "features", range(0, images.num, piece))
+    features, logits = gather(folder, range(0, images.num, piece))
     result = measure(features, logits, reference, extractor, metrics, bootstrap=args.bootstrap)
     report = {"images": len(features), "seconds": round(seconds, 1), "settings": settings, "versions": versions()}
-    _write_json(folder / "result.json", {"metrics": _measured_before(folder, settings) | result} | report)
+    write_json(folder / "result.json", {"metrics": _measured_before(folder, settings) | result} | report)
     if not args.keep_features:
-        remove_folder(folder / "features")
+        remove_folder(folder / FEATURES)
     for name, figure in result.items():
         deviation = "" if figure["deviation"] is None else f" +- {figure['deviation']:.4g} ({figure['deviation_of']})"
         print(f"{name:18} {figure['value']:.5g}{deviation}")
@@ -190,57 +191,6 @@ def open_reference(
     return reference, extractor
 
 
-def extract_all(
-    folder: Path, settings: dict[str, Any], images: Images, extractor: Extractor, args: argparse.Namespace
-) -> tuple[float, int]:
-    """Features and logits of all images, piece by piece into ``folder``; the seconds that it took, and a piece's images.
-
-    Each process makes every so-manieth piece on its own devices; the folder is one that all of them see.
-
-    Raises:
-      UserError: the folder holds an evaluation of other settings, cannot be written, or is not one for all processes.
-    """
-    import jax
-
-    from fdm_jax.devices import make_mesh
-    from fdm_jax.evaluation.extractors import FeatureMaker
-    from fdm_jax.evaluation.moments import check_finite
-    from fdm_jax.progress import Progress
-
-    pieces = folder / "features"
-    if jax.process_index() == 0:
-        _claim(folder, settings, images.piece)
-    wait_for_all("the folder is ready")
-    piece = _claimed(folder, settings)
-    ours = range(0, images.num, piece)[jax.process_index() :: jax.process_count()]
-    there = {path.name for path in pieces.glob("*.npz")}  # one list, not a request for each
-    missing = [start for start in ours if f"{start:09d}.npz" not in there]
-    total, left = (sum(min(piece, images.num - start) for start in starts) for starts in (ours, missing))
-    maker = FeatureMaker(extractor, make_mesh(jax.local_devices()), min(args.batch, images.num))
-    progress = Progress(total, total - left, quiet=jax.process_index() > 0)
-    began, done = time.monotonic(), 0
-    for start in missing:
-        features, logits = maker(images.make(start, min(start + piece, images.num)))
-        check_finite(features)
-        save_npz(pieces / f"{start:09d}.npz", {"features": features} | ({} if logits is None else {"logits": logits}))
-        done += len(features)
-        progress.advance(total - left + done)
-        progress.report(done / (time.monotonic() - began))
-    progress.close()
-    wait_for_all("all features are there")
-    return time.monotonic() - began, piece
-
-
-def _gather(pieces: Path, starts: Iterable[int]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Features [N, D] and logits [N, K], in order."""
-    parts = []
-    for start in starts:
-        with (pieces / f"{start:09d}.npz").open("rb") as file, np.load(file) as part:
-            parts.append(dict(part))
-    logits = np.concatenate([part["logits"] for part in parts]) if "logits" in parts[0] else None
-    return np.concatenate([part["features"] for part in parts]), logits
-
-
 def _measured_before(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Figures of the same images that are in the folder already: those asked for now do not drive them out."""
     try:
@@ -248,45 +198,6 @@ def _measured_before(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return dict(before["metrics"]) if before["settings"] == json.loads(json.dumps(settings)) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _claim(folder: Path, settings: dict[str, Any], piece: int) -> None:
-    """Write the settings down; pieces that are there already decide how many images are in one.
-
-    Raises:
-      UserError: see :func:`extract_all`.
-    """
-    settings, pieces = json.loads(json.dumps(settings)), folder / "features"
-    try:
-        make_folder(pieces)
-        before = read_settings(folder)
-        kept = any(pieces.glob("*"))
-        # Settings alone are of a command that failed before its first piece.
-        begun = kept or any(path.name not in (SETTINGS, "features") for path in folder.glob("*"))
-        if before is not None:  # perhaps with another --batch, or on other devices, which suit other pieces
-            of_before = before.pop("piece", piece)
-            piece = of_before if kept else piece
-        if begun and before is not None and before != settings:
-            raise made_otherwise(folder, "an evaluation", before, settings)
-        _write_json(folder / SETTINGS, settings | {"piece": piece})
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
-
-
-def _claimed(folder: Path, settings: dict[str, Any]) -> int:
-    """How many images are in a piece of the folder.
-
-    Raises:
-      UserError: the first process wrote other settings, or into another folder.
-    """
-    found = read_settings(folder) or {}
-    # Places may have other names on other hosts.
-    ours = {k: v for k, v in json.loads(json.dumps(settings)).items() if k not in ("workdir", "guide", "images", "ref")}
-    if any(found.get(k) != v for k, v in ours.items()):
-        raise UserError(
-            f"{folder} is not the same for all processes: give --checkpoint if the run goes on, and an --out that all see."
-        )
-    return found["piece"]
 
 
 def folder_name(name: str, settings: dict[str, Any]) -> str:
@@ -301,10 +212,6 @@ def versions() -> dict[str, str]:
 
     names = ("fdm_jax", "jax", "jaxlib", "flax", "numpy", "scipy")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 # --- fdm evaluate ref, fit-classifier, convert-inception ---

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fdm_jax.errors import UserError
-from fdm_jax.whole_files import append_text, make_folder, write_text
+from fdm_jax.whole_files import append_text, make_folder, write_text, write_whole
 
 SETTINGS = "settings.json"
 
@@ -29,6 +29,11 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     if not isinstance(settings, dict):
         raise UserError(f"{path} is there already and holds no settings of results: give another --out.")
     return settings
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file for people too, whole or not at all; its folder is made."""
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def made_otherwise(place: Path, what: str, before: Mapping[str, Any], settings: Mapping[str, Any]) -> UserError:

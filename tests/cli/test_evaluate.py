@@ -11,7 +11,8 @@ import pytest
 from cli.conftest import start_all
 from encoded import png
 
-from fdm_jax.cli.evaluate import _claim, _claimed, open_reference
+from fdm_jax.cli.evaluate import open_reference
+from fdm_jax.cli.features import _claim, _claimed
 from fdm_jax.cli.main import main
 from fdm_jax.cli.sampling import load_model, load_with_guide
 from fdm_jax.errors import UserError
