@@ -22,7 +22,6 @@ elif any(plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.ent
 import jax
 import jax.experimental
 import numpy as np
-import object_store
 import pytest
 
 from fdm_jax.xla_flags import avoid_slow_convolutions
@@ -78,6 +77,8 @@ def nhwc(array):
 @pytest.fixture(scope="session")
 def store():
     """A server that stands in for Google Cloud Storage, with the bucket "bucket"; this process and its children use it."""
+    import object_store  # needs the extra gcs, which `make test-device` may do without
+
     with object_store.serve("bucket") as running, pytest.MonkeyPatch.context() as patch:
         for name, value in object_store.environment(running).items():
             patch.setenv(name, value)
