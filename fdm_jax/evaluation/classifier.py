@@ -65,7 +65,8 @@ class Classifier:
 
     def apply(self, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Features and logits; pure."""
-        return Network(self.classes).apply({"params": params}, images)  # type: ignore[return-value]
+        with jax.default_matmul_precision("highest"):  # distances are to be the same on every device
+            return Network(self.classes).apply({"params": params}, images)  # type: ignore[return-value]
 
 
 def fit(

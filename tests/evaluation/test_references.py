@@ -28,6 +28,15 @@ def test_statistics_come_back(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["stats.npz"]
 
 
+def test_the_classifier_multiplies_with_all_digits():
+    """By default accelerators do not (TF32, bfloat16), and distances would depend on the device."""
+    params = jax.eval_shape(classifier.Network(3).init, jax.random.key(0), np.zeros((1, *SHAPE)))["params"]
+    fitted = classifier.Classifier(3, SHAPE, "x", 1.0, None)
+    program = str(jax.make_jaxpr(fitted.apply)(params, np.zeros((1, *SHAPE), np.uint8)))
+    products = program.count("dot_general[") + program.count("conv_general_dilated[")
+    assert products == 4 and program.count("Precision.HIGHEST") == 2 * products  # one for either factor
+
+
 def test_the_authors_files_are_read(tmp_path):
     np.savez(tmp_path / "cifar10-32x32.npz", mu=np.zeros(4), sigma=np.eye(4))
     back = load_reference(tmp_path / "cifar10-32x32.npz")
