@@ -64,6 +64,8 @@ GONE = ("SUSPENDED", "FAILED")  # states of a queued resource that only deleting
 NODE_GONE = ("PREEMPTED", "TERMINATED", "STOPPED")
 FAILURES = 10  # of gcloud in a row, before it is given up
 SAVING = 120  # seconds that workers get to save
+# A worker that is taken back in the middle of a command does not say so: without it ssh would wait for hours.
+KEEP_ALIVE = "--ssh-flag=-oServerAliveInterval=30"
 
 WORKER = "fdm_jax/launch/tpu_worker.sh"
 
@@ -148,7 +150,8 @@ class Pod:
 
     def on_workers(self, script: str, worker: str = "all") -> list[str]:
         """A line of shell on the workers."""
-        return [*self._vm, "ssh", self.name, *self._place, "--quiet", f"--worker={worker}", f"--command={script}"]
+        where = [self.name, *self._place, "--quiet", f"--worker={worker}"]
+        return [*self._vm, "ssh", *where, KEEP_ALIVE, f"--command={script}"]
 
     def start(self, command: Sequence[str]) -> list[str]:
         """The fdm command on all workers, in the background."""

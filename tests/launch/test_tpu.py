@@ -13,6 +13,7 @@ import time
 import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ALIVE = "--ssh-flag=-oServerAliveInterval=30"
 
 GCLOUD = r"""
 import json, os, pathlib, shutil, signal, subprocess, sys
@@ -175,13 +176,13 @@ def test_commands_of_a_dry_run(pod):
         f"mkdir -p {build}",
         f"git -C {pod.root} archive --format=tar.gz --output={build}/fdm_jax-{COMMIT}.tar.gz {COMMIT}",
         f"{vm} scp {build}/fdm_jax-{COMMIT}.tar.gz my-pod: --zone=us-central2-b --project=mine --quiet --worker=all",
-        f"{vm} ssh {place} --quiet --worker=all '--command=mkdir -p fdm_jax && tar -xzmf fdm_jax-{COMMIT}.tar.gz -C fdm_jax && "
-        f"{worker} install {COMMIT}'",
-        f"{vm} ssh {place} --quiet --worker=all " + shlex.quote(
+        f"{vm} ssh {place} --quiet --worker=all {ALIVE} "
+        f"'--command=mkdir -p fdm_jax && tar -xzmf fdm_jax-{COMMIT}.tar.gz -C fdm_jax && {worker} install {COMMIT}'",
+        f"{vm} ssh {place} --quiet --worker=all {ALIVE} " + shlex.quote(
             f"--command={worker} start {key} train --config=configs/edm.py:cifar10 --workdir=gs://bucket/run "
             "'--config.train.images=1 000' --distributed=auto"
         ),
-        f"{vm} ssh {place} --quiet --worker=all '--command={worker} status'",
+        f"{vm} ssh {place} --quiet --worker=all {ALIVE} '--command={worker} status'",
     ]  # fmt: skip
     assert done.returncode == 0 and len(key) == 12 and pod.bash_accepts(done.stdout)
     assert not (pod.folder / "gcloud.log").exists()
@@ -198,9 +199,9 @@ def test_commands_of_a_dry_run(pod):
     [
         (
             "stop",
-            "tpu-vm ssh my-pod --zone=z --quiet --worker=all '--command=bash fdm_jax/launch/tpu_worker.sh stop 120'",
+            f"tpu-vm ssh my-pod --zone=z --quiet --worker=all {ALIVE} '--command=bash fdm_jax/launch/tpu_worker.sh stop 120'",
         ),
-        ("tail", "tpu-vm ssh my-pod --zone=z --quiet --worker=1 '--command=tail -n 40 -F fdm_run/log'"),
+        ("tail", f"tpu-vm ssh my-pod --zone=z --quiet --worker=1 {ALIVE} '--command=tail -n 40 -F fdm_run/log'"),
         ("delete", "queued-resources delete my-pod --zone=z --force --quiet"),
     ],
 )
