@@ -131,7 +131,7 @@ def become(command: Sequence[str]) -> NoReturn:
     """
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
-        os.execvp(command[0], command)
+        os.execvp(command[0], list(command))
     except FileNotFoundError as error:
         raise missing(command[0]) from error
 
