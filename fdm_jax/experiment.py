@@ -89,6 +89,8 @@ class Experiment:
         spec = _train_spec(config, shape["num_classes"])
         if config.network.dtype not in DTYPES:
             raise UserError(f"network.dtype is {config.network.dtype!r}: {nearest(config.network.dtype, DTYPES)}")
+        if config.init_from is not None and not config.init_from.strip():
+            raise UserError("init_from is empty; if it is a variable of the shell, it is not set.")
         if spec.augment_probability > 0 and config.augment.labels is False:
             raise UserError("augment.labels is False, but without its labels augmentation would leak into the samples.")
         takes_augment_labels = config.augment.labels or spec.augment_probability > 0

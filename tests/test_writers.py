@@ -52,6 +52,22 @@ def test_nothing_reported_is_lost_or_there_twice(tmp_path):
         run.close()
 
 
+def test_lines_that_are_no_rows_are_left_out(tmp_path):
+    """A row that a crash cut short, and what other programs may have added."""
+    rows = [{"step": 1, "nimg": 16, "loss": 2.0}, {"step": 2, "nimg": 32, "loss": 1.0}]
+    lines = [
+        json.dumps(rows[0]).encode(),
+        b"[1]",
+        b'{"note": "mine"}',
+        json.dumps(rows[1]).encode(),
+        b'{"step": 3, "ni',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    run = Writers(tmp_path, 5, 80)
+    run.close()
+    assert run.rows == rows
+
+
 def test_full_disk_is_an_error_at_once(tmp_path, monkeypatch):
     full = open("/dev/full", "wb")
     monkeypatch.setattr(record_writer, "open_file", lambda path: full)

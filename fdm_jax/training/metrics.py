@@ -12,14 +12,16 @@ RANKING = ("eval/fid", "eval/frechet_distance", "val/error")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a crash cut short is left out."""
+    """The rows of a metrics file; what is none is left out: a last line that a crash cut short, or another program's."""
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 

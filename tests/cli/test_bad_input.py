@@ -40,6 +40,7 @@ def refused(capsys, arguments, started=False):
         ("--config.parallel=pjit", "no parallel mode 'pjit'"),
         ("--config.momentum.multiplier=-1", "momentum.multiplier must be 0 or more"),
         ("--config.warmup_steps=-1", "warmup_steps must be 0 or more"),
+        ("--config.init_from=", "init_from is empty"),
     ],
 )
 def test_bad_configuration(capsys, tmp_path, data_dir, override, sentence):
