@@ -105,6 +105,17 @@ def refusal(error: BaseException | None) -> str | None:
 # --- Files ---
 
 
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, says that a disk is full.  Libraries in C++ only say so in words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a local file, which then takes the final one's place; its folder must be there.
 
@@ -136,7 +147,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         make_folder(path.parent)
         replace_file(path, write)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_full(error):
             raise
         raise UserError(f"{path} cannot be written: {error.strerror or refusal(error) or error}.") from error
 

@@ -12,7 +12,6 @@ that was stopped goes on where it was.  Several processes share the work by --di
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ from fdm_jax.cli.sampling import (
     make_sampler,
 )
 from fdm_jax.errors import UserError
-from fdm_jax.whole_files import write_text
+from fdm_jax.whole_files import disk_full, write_text
 
 HELP = "generate images with a trained model"
 
@@ -163,7 +162,7 @@ class _Output:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / SETTINGS, json.dumps(settings, indent=1))
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if disk_full(error):
                 raise  # the command line has a sentence for it
             raise UserError(f"--out {path} cannot be written: {error.strerror}.") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import keyword
 import os
@@ -15,7 +14,7 @@ from fdm_jax import __version__
 from fdm_jax.cli.places import check_local
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError
 from fdm_jax.host_memory import keep_freed_memory
-from fdm_jax.whole_files import refusal
+from fdm_jax.whole_files import disk_full, refusal
 from fdm_jax.xla_flags import avoid_slow_convolutions
 
 COMMANDS = (
@@ -113,17 +112,6 @@ def main(argv: Sequence[str]) -> int:
             raise
     print(f"fdm {args.command}: {sentence}", file=sys.stderr)
     return 2
-
-
-def disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one behind it, says that a disk is full.  Libraries in C++ only say so in words."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if os.strerror(errno.ENOSPC) in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def entry_point() -> None:

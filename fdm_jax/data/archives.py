@@ -163,11 +163,8 @@ class ZipArchive:
         if self._opened is None or self._opened[0] != os.getpid():
             try:
                 self._opened = os.getpid(), zipfile.ZipFile(self.path)
-            except (
-                zipfile.BadZipFile,
-                NotImplementedError,
-                ValueError,
-            ) as error:  # the others: of unknown versions or text
+            # NotImplementedError: a version that is not known; ValueError: names that are no text.
+            except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
                 raise UserError(
                     f"{self.path} is not a zip file, or a damaged or incomplete one ({error}): "
                     "give a zip or folder in EDM's layout, and copy it again if it should be sound."

@@ -41,11 +41,6 @@ class Extractor:
         """What a result has to say of it."""
         return {"extractor": self.kind, "width": self.width, "weights_sha256": self.checksum}
 
-    @property
-    def distance_name(self) -> str:
-        """FID is the Frechet distance on Inception's features, and on no others."""
-        return "FID" if self.kind == "inception" else f"Frechet distance ({self.kind})"
-
 
 def open_extractor(kind: str, weights: Path | None, image_shape: tuple[int, int, int]) -> Extractor:
     """An extractor by name.
