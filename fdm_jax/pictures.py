@@ -19,7 +19,7 @@ def image_grid(images: np.ndarray, columns: int, *, scale: int = 1, gap: int = 1
 
     Args:
       images: uint8 [N, H, W, C], grey (C = 1) or RGB (C = 3).
-      columns: images per row.
+      columns: images per row, where there are as many.
       scale: whole-number enlargement of each pixel, gaps included.
       gap: pixels between images and around them, before enlargement.
 
@@ -37,6 +37,7 @@ def image_grid(images: np.ndarray, columns: int, *, scale: int = 1, gap: int = 1
             f"and these are {columns}, {scale} and {gap}."
         )
     n, height, width, channels = images.shape
+    columns = min(columns, n)
     rows = -(-n // columns)
     sheet = np.zeros((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), images.dtype)
     for i, image in enumerate(images):

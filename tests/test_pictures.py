@@ -30,6 +30,7 @@ def test_grid_without_gap_is_the_images_side_by_side():
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 3, 1), dtype=np.uint8)
     expected = np.block([[images[0, ..., 0], images[1, ..., 0]], [images[2, ..., 0], images[3, ..., 0]]])
     np.testing.assert_array_equal(np.asarray(image_grid(images, 2, gap=0)), expected)
+    assert image_grid(images, 10**12).size == image_grid(images, 4).size  # no room for images that are not there
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 1), (5, 4, 3)])

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from conftest import enable_x64
 
+from fdm_jax.devices import make_mesh
 from fdm_jax.errors import UserError
 from fdm_jax.families import EDM, VE, VP
 from fdm_jax.momentum import Momentum
 from fdm_jax.sampling import Churn, edm_sample, edm_sigmas, sampling_range
 from fdm_jax.sampling.edm import evaluation_sigmas
+from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
 from fdm_jax.sampling.seeds import churn_noise, labels, latents, to_uint8
 
 
@@ -200,3 +202,18 @@ def test_golden_uint8(golden):
     data = golden("misc")
     with enable_x64():
         np.testing.assert_array_equal(to_uint8(jnp.asarray(data["uint8/in"])), data["uint8/out"])
+
+
+def test_images_that_are_no_numbers_are_named_and_not_made_black():
+    def generate(variables, seeds, labels):
+        x = jnp.where(seeds >= 10, jnp.nan, jnp.where(seeds == 3, jnp.inf, 0.5))
+        return jnp.broadcast_to(x[:, None, None, None], (len(seeds), 2, 2, 1))
+
+    seeds, labels, mesh = np.array([1, 3, 2, 10, 4]), np.zeros(5, int), make_mesh(jax.devices()[:1])
+    generator = BatchedGenerator(generate, mesh, 4)
+    with pytest.raises(NotFinite, match=r"images of 2 of 4 seeds \(3, 10\) are not finite numbers"):
+        list(generator({}, seeds, labels))
+    (_, images), (rows, last) = generator({}, np.array([1, 2, 4, 5, 6]), labels)
+    assert images.dtype == np.uint8 and (images == 191).all() and (rows.start, len(last)) == (4, 1)
+    images = [images for _, images in BatchedGenerator(generate, mesh, 4, quantise=False)({}, seeds, labels)]
+    np.testing.assert_array_equal(np.isfinite(np.concatenate(images)[:, 0, 0, 0]), [True, False, True, False, True])

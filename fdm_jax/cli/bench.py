@@ -201,6 +201,7 @@ def sampling_programs(case: Case, steps: int) -> tuple[Program, Program]:
 
     from fdm_jax.devices import make_mesh, replicated, sharded
     from fdm_jax.sampling.generate import make_generate_fn
+    from fdm_jax.sampling.seeds import to_uint8
     from fdm_jax.training.step import init_state
 
     mesh, spec, network = make_mesh(), case.spec, case.network
@@ -225,7 +226,10 @@ def sampling_programs(case: Case, steps: int) -> tuple[Program, Program]:
         compiled, compile_seconds = _compile(jitted, *args)
         return Program(compiled, compile_seconds, lambda: compiled(*args))
 
-    return program(generate, variables, seeds, labels), program(forward, variables, images, labels)
+    def sample(*inputs: Any) -> Any:
+        return to_uint8(generate(*inputs))
+
+    return program(sample, variables, seeds, labels), program(forward, variables, images, labels)
 
 
 def bench_sampling(case: Case, args: argparse.Namespace) -> dict[str, Any]:

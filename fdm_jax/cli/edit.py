@@ -12,15 +12,15 @@ The picture begins with the image as it was given; then comes one result for eac
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fdm_jax.cli.generate import parse_seeds
 from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.sampling import (
+    Loaded,
     add_checkpoint_argument,
     add_sampling_arguments,
     choose_labels,
@@ -31,7 +31,13 @@ from fdm_jax.cli.sampling import (
 )
 from fdm_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import jax
+
+    from fdm_jax.sampling.generate import GenerateFn
+
 HELP = "inpaint, vary, colorise, encode or interpolate images"
+MOST = 1000  # results in a row
 ACTIONS = ("inpaint", "vary", "colorise", "encode", "interpolate")
 
 
@@ -50,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strength", type=float, default=0.6, help="for vary: share of the steps (default: %(default)s)"
     )
     parser.add_argument("--frames", type=int, default=10, metavar="N", help="for interpolate (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     parser.add_argument("--seeds", default="0-7", help="such as 0-7 or 3,7 (default: %(default)s)")
     parser.add_argument(
         "--class",
@@ -64,47 +71,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import jax
-    import jax.numpy as jnp
     from absl import logging
 
     from fdm_jax import pictures
-    from fdm_jax.sampling import Churn, editing
-    from fdm_jax.sampling.generate import levels_of, make_model_denoiser
-    from fdm_jax.sampling.linear import integrate
-    from fdm_jax.sampling.seeds import churn_noise, latents, to_uint8
-    from fdm_jax.sampling.solvers import SOLVERS, make_calls
+    from fdm_jax.devices import make_mesh
+    from fdm_jax.sampling.generate import BatchedGenerator
+    from fdm_jax.sampling.seeds import to_uint8
 
     _check(args)
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     seeds = parse_seeds(args.seeds)
+    if args.action == "interpolate" and len(seeds) != 2:
+        raise UserError(f"Interpolation goes from one seed to another: give two, not {len(seeds)}.")
+    count = args.frames if args.action == "interpolate" else len(seeds)
+    if count > MOST:
+        raise UserError(f"A picture has room for {MOST} results, and {count:,} are asked for: make several pictures.")
     model = load_with_guide(args)
     experiment, shape = model.experiment, model.experiment.image_shape
     known = read_image(args.image, shape, args.action == "colorise") if args.image else None
+    mask = (read_image(args.mask, (*shape[:2], 1), False) > 0).astype(float) if args.mask else None
+    generate, variables = make_edit(args, model, seeds, known, mask)
+    labels = choose_labels(args.label, seeds, experiment.num_classes)
+    if args.action == "interpolate":  # a frame takes the place of a seed
+        seeds, labels = np.arange(count), np.repeat(labels[:1], count)
+    generator = BatchedGenerator(generate, make_mesh(jax.local_devices()), min(args.batch, count))
+    results = np.concatenate([images for _, images in generator(variables, seeds, labels)])
+    if known is not None:
+        first = np.broadcast_to(np.asarray(to_uint8(known)), results.shape[1:])
+        if mask is not None:  # what is to be made is shown grey
+            first = np.where(np.asarray(mask) > 0, 128, first).astype(np.uint8)
+        results = np.concatenate([first[None], results])
+    pictures.save_png(pictures.image_grid(results, len(results), scale=max(1, 64 // shape[0])), args.out)
+    print(f"{args.action}: {count} images in {args.out} (checkpoint of step {model.checkpoint:,}).")
+    return 0
+
+
+def make_edit(
+    args: argparse.Namespace, model: Loaded, ends: np.ndarray, known: jax.Array | None, mask: jax.Array | None
+) -> tuple[GenerateFn, Any]:
+    """What is asked for, as a function like :func:`~fdm_jax.sampling.generate.make_generate_fn`'s; and its variables.
+
+    Of ``interpolate`` it takes numbers of frames instead of seeds, and goes from the first of the two ``ends`` to the
+    second.
+
+    Raises:
+      UserError: what is asked for does not exist or does not fit.
+    """
+    import jax.numpy as jnp
+
+    from fdm_jax.sampling import Churn, editing
+    from fdm_jax.sampling.generate import levels_of, make_model_denoiser
+    from fdm_jax.sampling.linear import integrate
+    from fdm_jax.sampling.seeds import churn_noise, latents
+    from fdm_jax.sampling.solvers import SOLVERS, make_calls
+
+    experiment, shape, action = model.experiment, model.experiment.image_shape, args.action
     grid = parse_grid(args.grid)
     steps = choose_steps(args, experiment.config.samples.steps, grid)
     levels = levels_of(
         grid, experiment.family, args.sigma_min, args.sigma_max, args.rho, clip=not args.match_original
     )  # fmt: skip
-    sigmas = levels(SOLVERS[args.solver].points(steps))
-    churn = Churn(S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
-    noise = latents(jnp.asarray(seeds), shape)
-    if args.action == "interpolate":
-        if len(seeds) != 2:
-            raise UserError(f"Interpolation goes from one seed to another: give two, not {len(seeds)}.")
-        t = jnp.linspace(0, 1, args.frames)[:, None, None, None]
-        noise = editing.interpolate(noise[:1], noise[1:], t)
-        seeds = np.full(args.frames, seeds[0])
-    labels = choose_labels(args.label, seeds, experiment.num_classes)
-    guidance, guide, variables = load_guidance(args, model)
-    model_denoiser = make_model_denoiser(
-        experiment.network, experiment.family, experiment.num_classes, guidance, guide
-    )  # fmt: skip
-    images: Any = None if known is None else jnp.broadcast_to(known, (len(seeds), *known.shape))
-    if args.action == "vary":
-        if SOLVERS[args.solver].points(steps) != steps:
+    points = SOLVERS[args.solver].points(steps)
+    sigmas = whole = levels(points)
+    if action == "vary":
+        assert known is not None
+        if points != steps:
             raise UserError(f"vary takes a solver with a step for each level of its grid, not {args.solver}.")
-        noise, sigmas = editing.start_from(images, noise, sigmas, args.strength)
-        steps = len(sigmas) - 1
+        _, sigmas = editing.start_from(known, known, whole, args.strength)
     if args.resample > 1:
         if args.solver not in ("heun", "euler") or args.S_churn:
             raise UserError(
@@ -112,39 +145,43 @@ def run(args: argparse.Namespace) -> int:
             )
         calls = editing.resampling_calls(sigmas, args.resample, heun=args.solver == "heun")
     else:
-        calls = make_calls(args.solver, steps, sigmas.tolist(), churn)
-    mask = None
-    if args.action == "inpaint":
-        mask = (read_image(args.mask, (*shape[:2], 1), False) > 0).astype(jnp.float32)
+        churn = Churn(S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
+        calls = make_calls(args.solver, len(sigmas) - 1 if action == "vary" else steps, sigmas.tolist(), churn)
+    guidance, guide, variables = load_guidance(args, model)
+    model_denoiser = make_model_denoiser(
+        experiment.network, experiment.family, experiment.num_classes, guidance, guide
+    )  # fmt: skip
 
-    def sample(variables: Any, start: jax.Array, labels: jax.Array) -> jax.Array:
-        denoise_fn: Any = model_denoiser(variables, labels)
-        if mask is not None:
-            denoise_fn = editing.inpaint(denoise_fn, images, mask)
-        elif args.action == "colorise":
-            denoise_fn = editing.colorise(denoise_fn, images)
-        elif args.action == "encode":
-            start = editing.encode(denoise_fn, images, sigmas)
-        draw: Callable[[jax.Array], jax.Array] = lambda i: churn_noise(jnp.asarray(seeds), i, shape)  # noqa: E731
-        return to_uint8(integrate(denoise_fn, start, sigmas[0], calls, draw))
+    def generate(variables: Any, seeds: jax.Array, labels: jax.Array) -> jax.Array:
+        denoise_fn = model_denoiser(variables, labels)
+        if action == "interpolate":
+            t = (seeds / (args.frames - 1))[:, None, None, None]
+            first, second = latents(jnp.asarray(ends), shape)
+            start, seeds = editing.interpolate(first, second, t), jnp.full(seeds.shape, ends[0])
+        else:
+            start = latents(seeds, shape)
+        if known is not None:
+            images = jnp.broadcast_to(known, (len(seeds), *known.shape))
+            if mask is not None:
+                denoise_fn = editing.inpaint(denoise_fn, images, mask)
+            elif action == "colorise":
+                denoise_fn = editing.colorise(denoise_fn, images)
+            elif action == "encode":
+                start = editing.encode(denoise_fn, images, sigmas)
+            else:
+                start, _ = editing.start_from(images, start, whole, args.strength)
+        return integrate(denoise_fn, start, sigmas[0], calls, lambda i: churn_noise(seeds, i, shape))
 
-    results = np.asarray(jax.jit(sample)(variables, noise, jnp.asarray(labels)))
-    if known is not None:
-        first = np.broadcast_to(np.asarray(to_uint8(known)), results.shape[1:])
-        if mask is not None:  # what is to be made is shown grey
-            first = np.where(np.asarray(mask) > 0, 128, first).astype(np.uint8)
-        results = np.concatenate([first[None], results])
-    scale = max(1, 64 // shape[0])
-    pictures.save_png(pictures.image_grid(results, len(results), scale=scale), args.out)
-    print(
-        f"{args.action}: {len(results) - (known is not None)} images in {args.out} (checkpoint of step {model.checkpoint:,})."
-    )
-    return 0
+    return generate, variables
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.out.suffix != ".png":
         raise UserError(f"--out must end in .png, and is {args.out}.")
+    for name in ("batch", "steps", "nfe"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be 1 or more, and is {value}.")
     if args.frames < 2:
         raise UserError(f"--frames must be 2 or more, and is {args.frames}.")
     if (args.image is None) != (args.action == "interpolate"):

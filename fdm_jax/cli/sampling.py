@@ -258,7 +258,7 @@ class Sampler(NamedTuple):
     """What the arguments ask for.
 
     Attributes:
-      generate: (variables, seeds, labels) -> uint8 [B, H, W, C].
+      generate: (variables, seeds, labels) -> images [B, H, W, C], about [-1, 1].
       variables: of the model, or of it and its guide.
       nfe: calls of the denoiser per image; where it is guided, each is two passes.
       settings: what the images depend on beside seed and class.
@@ -270,8 +270,8 @@ class Sampler(NamedTuple):
     settings: dict[str, Any]
 
 
-def make_sampler(args: argparse.Namespace, model: Loaded, quantise: bool = True) -> Sampler:
-    """Build it; nothing is compiled. Without ``quantise`` images are float32.
+def make_sampler(args: argparse.Namespace, model: Loaded) -> Sampler:
+    """Build it; nothing is compiled.
 
     Raises:
       UserError: what is asked for does not exist or does not fit.
@@ -289,7 +289,6 @@ def make_sampler(args: argparse.Namespace, model: Loaded, quantise: bool = True)
         solver=args.solver, grid=grid, clip=not args.match_original,
         churn=Churn(S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise),
         guidance=guidance, guide=guide, sigma_min=args.sigma_min, sigma_max=args.sigma_max, rho=args.rho,
-        quantise=quantise,
     )  # fmt: skip
     settings = {
         "workdir": str(args.workdir.resolve()), "class": args.label, "steps": steps,

@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
     from fdm_jax.cli.evaluate import open_reference
     from fdm_jax.cli.record import Record
+    from fdm_jax.sampling.generate import NotFinite
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     seeds, cases = parse_seeds(args.seeds), choose_cases(args)
@@ -98,11 +99,15 @@ def run(args: argparse.Namespace) -> int:
     done = {(row["solver"], row["grid"], row["nfe"]) for row in record.rows}
     for i, case in enumerate(cases, 1):
         sampler_args = argparse.Namespace(**vars(args) | case._asdict())
-        sampler = make_sampler(sampler_args, model, quantise=False)
+        sampler = make_sampler(sampler_args, model)
         if (case.solver, case.grid, sampler.nfe) in done:
             continue
         row = {"solver": case.solver, "grid": case.grid, "nfe": sampler.nfe, "steps": sampler.settings["steps"]}
-        images, more = judge_case(args, model, sampler, seeds, exact, judge, case.solver)
+        try:
+            images, more = judge_case(args, model, sampler, seeds, exact, judge, case.solver)
+        except NotFinite as error:  # the others are worth their while; this one has no figures, and a black picture
+            print(f"fdm sweep: warning: {case.solver} ({case.grid}), {sampler.nfe} NFE: {error}", file=sys.stderr)
+            images, more = np.zeros(exact[:SHOWN].shape, np.uint8), dict.fromkeys(("distance", "distance_error"))
         (args.out / "parts").mkdir(exist_ok=True)
         np.save(args.out / "parts" / f"{case.solver}-{case.grid}-{sampler.nfe}.npy", images)
         record.add(row | more)
@@ -225,20 +230,26 @@ def judge_case(
     args: argparse.Namespace, model: Loaded, sampler: Any, seeds: np.ndarray, exact: np.ndarray,
     judge: tuple[Reference, Extractor] | None, solver: str,
 ) -> tuple[np.ndarray, dict[str, float | None]]:  # fmt: skip
-    """The first images, and figures of a row: distance and its standard error, Frechet distance if there is a judge."""
+    """The first images, and figures of a row: distance and its standard error, Frechet distance if there is a judge.
+
+    Raises:
+      NotFinite: images that are not.
+    """
     from fdm_jax.devices import make_mesh
     from fdm_jax.evaluation.extractors import FeatureMaker
     from fdm_jax.evaluation.frechet import frechet_distance
     from fdm_jax.evaluation.moments import Moments
-    from fdm_jax.sampling.generate import BatchedGenerator
+    from fdm_jax.sampling.generate import BatchedGenerator, check_finite
     from fdm_jax.sampling.solvers import SOLVERS
 
     classes = model.experiment.num_classes
-    generator = BatchedGenerator(sampler.generate, make_mesh(), min(args.batch, len(seeds)))
+    generator = BatchedGenerator(sampler.generate, make_mesh(), min(args.batch, len(seeds)), quantise=False)
 
     def sample(seeds: np.ndarray) -> np.ndarray:
         labels = choose_labels(args.label, seeds, classes)
-        return np.concatenate([images for _, images in generator(sampler.variables, seeds, labels)])
+        images = np.concatenate([images for _, images in generator(sampler.variables, seeds, labels)])
+        check_finite(seeds, np.isfinite(images).all(axis=(1, 2, 3)))
+        return images
 
     images = sample(seeds)
     figures: dict[str, float | None] = {"distance": None, "distance_error": None}

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fdm_jax.denoiser import DenoiseFn, make_denoise_fn
@@ -93,9 +94,8 @@ def make_generate_fn(
     churn: Churn | None = None,
     guidance: Guidance | None = None,
     guide: tuple[nn.Module, Family] | None = None,
-    quantise: bool = True,
 ) -> GenerateFn:
-    """Build generate(variables, seeds, labels) -> uint8 [B, H, W, C]; pure and jittable.
+    """Build generate(variables, seeds, labels) -> images [B, H, W, C], about [-1, 1]; pure and jittable.
 
     Args:
       network, family, image_shape, num_classes: of the model.
@@ -109,7 +109,6 @@ def make_generate_fn(
       guidance: how strongly to guide, classifier-free unless there is a guide; None for not at all.
       guide: network and family of a second, worse model to guide away from (autoguidance). ``variables`` of the result
         is then a pair, of the model and of the guide.
-      quantise: False for float32 images, about [-1, 1].
 
     Raises:
       UserError: see :func:`~fdm_jax.sampling.solvers.make_calls`.
@@ -125,10 +124,24 @@ def make_generate_fn(
     def generate(variables: Any, seeds: jax.Array, labels: jax.Array) -> jax.Array:
         noise = latents(seeds, image_shape)
         draw = functools.partial(churn_noise, seeds, shape=image_shape)
-        x = integrate(model_denoiser(variables, labels), noise, start, calls, draw)
-        return to_uint8(x) if quantise else x
+        return integrate(model_denoiser(variables, labels), noise, start, calls, draw)
 
     return generate
+
+
+class NotFinite(UserError):
+    """Samples that are no numbers: 8-bit images cannot say so, and would be black."""
+
+
+def check_finite(seeds: np.ndarray, finite: np.ndarray) -> None:
+    """Raise NotFinite, naming them, if the images of some seeds [N] are not ``finite``, bool [N]."""
+    if not finite.all():
+        bad = seeds[~finite]
+        raise NotFinite(
+            f"The images of {len(bad)} of {len(seeds)} seeds ({', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''})"
+            " are not finite numbers: sample with more steps, another solver or less guidance, or from an earlier "
+            "checkpoint if the weights are the cause."
+        )
 
 
 class BatchedGenerator:
@@ -138,19 +151,33 @@ class BatchedGenerator:
       generate: from :func:`make_generate_fn`.
       mesh: one axis, over which the rows of a batch are dealt; every process of it calls, and gets all images.
       batch_size: rounded up to a multiple of the devices.
+      quantise: whether images are uint8; else they are as ``generate`` gives them.
     """
 
-    def __init__(self, generate: GenerateFn, mesh: jax.sharding.Mesh, batch_size: int):
+    def __init__(self, generate: GenerateFn, mesh: jax.sharding.Mesh, batch_size: int, quantise: bool = True):
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._rows, self._whole = rows, whole = sharded(mesh), replicated(mesh)
-        self._generate = jax.jit(generate, in_shardings=(whole, rows, rows), out_shardings=rows)
+        self._quantise = quantise
+
+        def finished(variables: Any, seeds: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x = generate(variables, seeds, labels)
+            return to_uint8(x) if quantise else x, jnp.isfinite(x).all(axis=(1, 2, 3))
+
+        self._generate = jax.jit(finished, in_shardings=(whole, rows, rows), out_shardings=rows)
 
     def __call__(self, variables: Any, seeds: np.ndarray, labels: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield (rows, images uint8 [n, H, W, C]) for consecutive runs of seeds [N] and labels [N]."""
+        """Yield (rows, images [n, H, W, C]) for consecutive runs of seeds [N] and labels [N].
+
+        Raises:
+          NotFinite: images that were to be uint8 are not finite.
+        """
         variables = put(variables, self._whole)
         for start in range(0, len(seeds), self.batch_size):
             rows = slice(start, min(start + self.batch_size, len(seeds)))
             fill = (0, self.batch_size - (rows.stop - rows.start))
             part = (seeds[rows].astype(np.uint32), labels[rows].astype(np.int32))
             padded = put(tuple(np.pad(a, fill, mode="edge") for a in part), self._rows)
-            yield rows, fetch(self._generate(variables, *padded))[: rows.stop - rows.start]
+            images, finite = (fetch(a)[: rows.stop - rows.start] for a in self._generate(variables, *padded))
+            if self._quantise:
+                check_finite(seeds[rows], finite)
+            yield rows, images

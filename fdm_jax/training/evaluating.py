@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +21,10 @@ from fdm_jax.evaluation.moments import Moments
 from fdm_jax.evaluation.references import check_fits, load_reference
 from fdm_jax.experiment import Experiment, open_data
 from fdm_jax.sampling import seeds as draws
-from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
+from fdm_jax.sampling.generate import BatchedGenerator, NotFinite, make_generate_fn
 from fdm_jax.whole_files import place
+
+log = logging.getLogger(__name__)
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the curves
 
@@ -112,10 +115,14 @@ def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Callable[[], 
         labels = np.full(len(seeds), -1, np.int32)
         if experiment.num_classes:
             labels = np.asarray(draws.labels(jax.numpy.asarray(seeds), experiment.num_classes))
-        for _, images in generator(variables, seeds, labels):
-            counted.add(maker(images)[0])
-            if stop():
-                return None
+        try:
+            for _, images in generator(variables, seeds, labels):
+                counted.add(maker(images)[0])
+                if stop():
+                    return None
+        except NotFinite as error:
+            log.warning("No %s: %s", name, error)
+            return {name: float("nan")}
         return {name: frechet_distance(*counted.result(), reference.mu, reference.sigma)}
 
     return measure

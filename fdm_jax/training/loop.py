@@ -21,7 +21,7 @@ from fdm_jax.devices import make_mesh
 from fdm_jax.errors import RestartNeeded, UserError
 from fdm_jax.experiment import Experiment
 from fdm_jax.progress import Progress
-from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
+from fdm_jax.sampling.generate import BatchedGenerator, NotFinite, make_generate_fn
 from fdm_jax.training.agreement import check_data, check_workdir
 from fdm_jax.training.checkpoints import Checkpoints
 from fdm_jax.training.evaluating import Evaluator
@@ -305,7 +305,11 @@ class _Run:
                     steps=samples.steps,
                 )  # fmt: skip
                 self.generator = BatchedGenerator(generate, self.mesh, len(seeds))
-            images = np.concatenate([part for _, part in self.generator(self._averaged(), seeds, seeds % columns)])
+            try:
+                images = np.concatenate([part for _, part in self.generator(self._averaged(), seeds, seeds % columns)])
+            except NotFinite as error:  # whether the run goes on is for the gradients to say
+                self.progress.say(f"{self.nimg:>11,} images: no samples. {error}")
+                return
             if self.writers is None:
                 return
             scale = max(1, 32 // self.experiment.image_shape[0])

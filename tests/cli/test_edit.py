@@ -57,6 +57,9 @@ def test_inpainting_with_resampling_and_guidance(edit):
 def test_variations(edit):
     shown, *little = edit("vary", "--image=DIR/image.png", "--strength=0.3", "--seeds=0,1")
     np.testing.assert_array_equal(shown, IMAGE)
+    _, *alone = edit("vary", "--image=DIR/image.png", "--strength=0.3", "--seeds=0,1", "--batch=1")
+    for image, same in zip(little, alone, strict=True):
+        assert abs(image.astype(int) - same).max() <= 1
     _, *much = edit("vary", "--image=DIR/image.png", "--strength=1", "--seeds=0,1", "--solver=dpmpp-2m")
     far, near = (np.mean([abs(image.astype(int) - IMAGE).mean() for image in images]) for images in (much, little))
     assert far > near
@@ -96,6 +99,8 @@ def test_interpolation(edit):
             "Resampling belongs to the solvers heun and euler, not to dpmpp-2m",
         ),
         (["interpolate", "--seeds=1,2", "--guide=DIR"], "--guide needs a scale"),
+        (["interpolate", "--seeds=1,2", "--frames=2000"], "room for 1000 results, and 2,000 are asked for"),
+        (["vary", "--image=DIR/image.png", "--batch=0"], "--batch must be 1 or more, and is 0"),
     ],
 )
 def test_bad_input(edit, tmp_path, arguments, words):

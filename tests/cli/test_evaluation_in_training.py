@@ -16,6 +16,7 @@ from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.evaluation.denoising import held_out_error
 from fdm_jax.evaluation.moments import moments
 from fdm_jax.evaluation.references import Reference, save_reference
+from fdm_jax.sampling.generate import NotFinite
 from fdm_jax.training import loop
 from fdm_jax.training.checkpoints import Checkpoints
 from fdm_jax.training.evaluating import Evaluator
@@ -84,6 +85,20 @@ def test_training_is_as_without_it(run, straight_run):
     assert_same_end(run, straight_run, 20)
     training = [row for row in rows(run) if "loss" in row]
     assert training == rows(straight_run)
+
+
+def test_samples_that_are_no_numbers_do_not_end_a_run(tmp_path, data_dir, statistics, monkeypatch, capsys):
+    def not_finite(seeds, finite):
+        raise NotFinite(f"{len(seeds)} seeds gave nothing")
+
+    monkeypatch.setattr("fdm_jax.sampling.generate.check_finite", not_finite)
+    more = ["--config.samples.every_images=64", "--config.samples.rows=1", "--config.train.images=64",
+            f"--config.eval.ref={statistics}"]  # fmt: skip
+    assert main(tiny.arguments(tmp_path / "run", data_dir, *EVERY, *more)) == 0
+    assert "64 images: no samples. 10 seeds gave nothing" in capsys.readouterr().err
+    (evaluated,) = evaluations(tmp_path / "run")
+    assert evaluated["eval/frechet_distance"] is None and evaluated["val/error"] > 0
+    assert not (tmp_path / "run" / "samples").exists()
 
 
 def test_what_the_end_of_a_start_prevents_the_next_one_does(tmp_path, data_dir, monkeypatch, capsys):

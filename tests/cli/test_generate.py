@@ -251,11 +251,11 @@ def test_a_seed_gives_its_image_on_any_devices_in_any_batch(straight_run, solver
     model = load_model(straight_run)
     experiment = model.experiment
     generate = make_generate_fn(
-        experiment.network, experiment.family, experiment.image_shape, 10, steps=4, solver=solver, quantise=False
+        experiment.network, experiment.family, experiment.image_shape, 10, steps=4, solver=solver
     )
 
     def sample(seeds, devices, batch):
-        generator = BatchedGenerator(lambda *inputs: generate(*inputs), make_mesh(jax.devices()[:devices]), batch)
+        generator = BatchedGenerator(generate, make_mesh(jax.devices()[:devices]), batch, quantise=False)
         labels = choose_labels(None, seeds, 10)
         images = np.concatenate([images for _, images in generator(model.variables, seeds, labels)])
         assert generator._generate._cache_size() == 1  # compiled once, however many batches

@@ -1,6 +1,7 @@
 """`fdm sweep` on the tiny run: its table and pictures, continued, refused."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image
 
 from fdm_jax.cli.main import main
 from fdm_jax.evaluation.references import Reference, save_reference
+from fdm_jax.sampling.linear import Combination, step_call
+from fdm_jax.sampling.solvers import SOLVERS
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,15 @@ def test_the_pictures(folder):
         with Image.open(out / name) as picture:
             assert min(picture.size) > 200
     assert np.load(out / "reference.npy").shape == (10, 8, 8, 1)
+
+
+def test_a_solver_that_gives_no_numbers_has_no_figures(straight_run, tmp_path, monkeypatch, capsys):
+    nowhere = lambda sigmas, steps: [step_call(sigma, Combination(np.nan, (0.0,))) for sigma in sigmas[:-1]]  # noqa: E731
+    monkeypatch.setitem(SOLVERS, "broken", dataclasses.replace(SOLVERS["euler"], calls=nowhere))
+    assert sweep(straight_run, tmp_path / "out", "--solvers=euler,broken", "--nfe=2", "--tolerance=1e-2") == 0
+    assert "warning: broken (edm), 2 NFE: The images of 10 of 10 seeds" in capsys.readouterr().err
+    distance = {row["solver"]: row["distance"] for row in json.loads((tmp_path / "out" / "table.json").read_text())}
+    assert distance["euler"] > 0 and distance["broken"] is None
 
 
 def test_it_goes_on_where_it_was(folder, straight_run, monkeypatch):
