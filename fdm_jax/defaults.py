@@ -56,7 +56,7 @@ def default_config() -> ConfigDict:
     config.data.channels = placeholder(int)
     config.data.num_classes = placeholder(int)
     config.data.xflip = False  # every image also mirrored
-    config.data.max_images = placeholder(int)  # a random subset
+    config.data.max_images = placeholder(int)  # a random subset, of training images alone
     config.data.cache_mb = 512  # keep decoded images in memory up to this size
     config.data.threads = 4  # batches read at the same time
     config.data.workers = 0  # processes that read instead of the threads

@@ -167,7 +167,7 @@ def _field(config: ConfigDict, name: str) -> Any:
 def open_data(config: ConfigDict, split: str | None = None, source: str | None = None) -> Source:
     """The data set of a configuration; ``split`` and ``source`` replace the configured ones.
 
-    Mirrored copies (``data.xflip``) are for training, and not in another ``split``.
+    Mirrored copies (``data.xflip``) and a subset (``data.max_images``) are for training, and not in another ``split``.
 
     Raises:
       UserError: see :func:`fdm_jax.data.opening.open_source`.
@@ -179,7 +179,7 @@ def open_data(config: ConfigDict, split: str | None = None, source: str | None =
         data_dir=data.data_dir,
         use_labels=data.class_conditional,
         xflip=data.xflip and split is None,
-        max_images=data.max_images,
+        max_images=data.max_images if split is None else None,
         seed=config.seed,
         cache_mb=0 if data.workers else data.cache_mb,  # each worker would have a cache of its own
     )

@@ -111,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
             progress.advance(num - len(missing) + done)
             progress.report(done / (time.monotonic() - began))
         progress.close()
-    values = np.array([row["bits_per_dim"] for row in record.rows if row["index"] < num])
+    # By index: of two commands at once, each may have written an image's row.
+    values = np.array(list({row["index"]: row["bits_per_dim"] for row in record.rows if row["index"] < num}.values()))
     error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
     print(
         f"{values.mean():.4f} +- {error:.4f} bits per dimension: {len(values):,} images of {spec.name} ({args.split}), "

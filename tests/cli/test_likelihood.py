@@ -39,7 +39,7 @@ def test_bits_of_each_image(twelve):
 def test_a_stop_in_the_middle_makes_no_difference(twelve, straight_run, tmp_path, capsys):
     out = tmp_path / "bits.jsonl"
     lines = twelve.read_text().splitlines(keepends=True)
-    out.write_text("".join(lines[:9]) + lines[9][:10])  # eight rows and a torn one
+    out.write_text("".join(lines[:9] + lines[1:3]) + lines[9][:10])  # eight rows, two of them doubled, and a torn one
     assert likelihood(straight_run, out, "--num=12", "--batch=8") == 0
     before, after = bits(twelve), bits(out)
     assert before.keys() == after.keys()
@@ -82,10 +82,12 @@ def test_classes_that_the_model_does_not_know(straight_run, tmp_path, capsys):
     assert "The model knows 10 classes, and " in capsys.readouterr().err
 
 
-def test_held_out_images_are_not_mirrored(data_dir):
+def test_held_out_images_are_neither_mirrored_nor_a_subset(data_dir):
     config = recipe("digits")
     config.data.update(data_dir=data_dir.partition("=")[2], xflip=True)
     assert len(open_data(config)) == 2 * 1500 and len(open_data(config, "test")) == 297
+    config.data.max_images = 100
+    assert len(open_data(config)) == 2 * 100 and len(open_data(config, "test")) == 297
 
 
 @pytest.mark.parametrize(
