@@ -59,6 +59,7 @@ def test_lines_that_are_no_rows_are_left_out(tmp_path):
         json.dumps(rows[0]).encode(),
         b"[1]",
         b'{"note": "mine"}',
+        b'{"step": 2, "nimg": \xff',
         json.dumps(rows[1]).encode(),
         b'{"step": 3, "ni',
     ]

@@ -59,18 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ref", type=place_argument, metavar="STATS.npz", help="statistics of real images")
     add_extractor_arguments(parser, "default: what the statistics were made with, else inception")
     parser.add_argument("--num", type=int, metavar="N", help="images (default: 50,000, or all there are)")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--metrics", metavar="NAMES", help="frechet,kernel,precision-recall,inception-score")
     parser.add_argument(
         "--bootstrap", type=int, default=10, metavar="N", help="draws for FID's deviation; 0: none (default: 10)"
     )
     parser.add_argument("--out", type=place_argument, metavar="DIR", help="of the results (default: in the workdir)")
     parser.add_argument("--keep-features", action="store_true", help="leave the features in that folder")
-    parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
-    add_checkpoint_argument(parser)
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     add_distributed_argument(parser)
-    add_sampling_arguments(parser)
+    _add_generation_arguments(parser)
 
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     sub = actions.add_parser("ref", help="make statistics of real images")
@@ -97,6 +94,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source", required=True, type=path_argument, metavar="FILE.pth", help="pt_inception-2015-12-05-*.pth"
     )
     sub.add_argument("--out", required=True, type=path_argument, metavar="FILE.safetensors", help="the same weights")
+
+
+def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
+    add_checkpoint_argument(parser)
+    add_sampling_arguments(parser)
 
 
 def add_extractor_arguments(parser: argparse.ArgumentParser, default: str) -> None:
@@ -130,6 +134,13 @@ def evaluate(args: argparse.Namespace) -> int:
         raise UserError(
             "fdm evaluate takes --workdir=DIR or --images=PATH, and --ref=STATS.npz (made by `fdm evaluate ref`)."
         )
+    if args.images is not None:
+        parser = argparse.ArgumentParser()
+        _add_generation_arguments(parser)
+        for name, default in vars(parser.parse_args([])).items():
+            if getattr(args, name) != default:
+                option = {"label": "class"}.get(name, name if name.startswith("S_") else name.replace("_", "-"))
+                raise UserError(f"--{option} says how a --workdir's model generates, and --images are there already.")
     if args.bootstrap < 0:
         raise UserError(f"--bootstrap must be 0 or more, and is {args.bootstrap}.")
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written

@@ -135,7 +135,7 @@ def read_run(workdir: Path, name: str, counts: _NetworkCounts) -> Run:
         raise UserError(f"The configuration {workdir / 'config.json'} cannot be read: it is no JSON object.")
     try:
         rows = read_metrics(workdir / "metrics.jsonl")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"The metrics {workdir / 'metrics.jsonl'} cannot be read: {error}.") from error
     flat, experiment = _parts(config)
     likelihoods = [_read_likelihood(path) for path in sorted(workdir.glob("likelihood-*.jsonl"))]

@@ -15,7 +15,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; what is none is left out: a last line that a crash cut short, or another program's."""
     rows = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().decode(errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:

@@ -35,7 +35,8 @@ def place(tmp_path_factory, data_dir):
 
 
 def evaluate(folder, *more):
-    return main(["evaluate", f"--ref={folder}/ref.npz", "--steps=3", "--batch=16", *more])
+    steps = [] if any(argument.startswith("--images=") for argument in more) else ["--steps=3"]
+    return main(["evaluate", f"--ref={folder}/ref.npz", "--batch=16", *steps, *more])
 
 
 def result(folder):
@@ -184,6 +185,9 @@ def test_other_images_under_the_same_name(kind, place, tmp_path, capsys):
         (["--images=PLACE/many.npz", "--distributed=localhost:1,2,2"], "I from 0 to N - 1, and is 'localhost:1,2,2'"),
         (["--images=PLACE/many.npz", "--distributed=somehow"], "must be off, auto"),
         (["--images=PLACE/many.npz", "--bootstrap=-1"], "--bootstrap must be 0 or more"),
+        (["--images=PLACE/many.npz", "--class=3"], "--class says how a --workdir's model generates"),
+        (["--images=PLACE/many.npz", "--S_churn=2"], "--S_churn says how"),
+        (["--images=PLACE/many.npz", "--sigma-min=1"], "--sigma-min says how"),
         (["--workdir=PLACE"], "PLACE"),
     ],
 )

@@ -408,7 +408,7 @@ def test_no_metrics(content, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("file, content", [
-    ("config.json", b"{"), ("config.json", b"[1]"), ("metrics.jsonl", b"\xff\xfe"), ("likelihood-test.jsonl", b"{}\n"),
+    ("config.json", b"{"), ("config.json", b"[1]"), ("likelihood-test.jsonl", b"{}\n"),
     ("evaluations/a/result.json", b"{}"), ("evaluations/a/result.json", b"{"), ("sweep/results.jsonl", b"[]\n"),
 ])  # fmt: skip
 def test_damaged_files(file, content, tmp_path, capsys):
