@@ -62,6 +62,7 @@ RUNTIMES = {
 
 GONE = ("SUSPENDED", "FAILED")  # states of a queued resource that only deleting it ends
 NODE_GONE = ("PREEMPTED", "TERMINATED", "STOPPED")
+NODE_COMES_BACK = ("REPAIRING", "RESTARTING", "STARTING")  # by itself, its workers as after a reboot
 FAILURES = 10  # of gcloud in a row, before it is given up
 SAVING = 120  # seconds that workers get to save
 # A worker that is taken back in the middle of a command does not say so: without it ssh would wait for hours.
@@ -278,8 +279,11 @@ class Train:
             return None
         workers = self._pod.workers()
         if workers is None:
-            _, node, _ = self._pod.ask(self._pod.describe_node)
-            return self._delete(node.strip()) if node.strip() in NODE_GONE else self._failed("not all workers answer")
+            node = self._pod.ask(self._pod.describe_node)[1].strip()
+            if node in NODE_COMES_BACK:
+                self._tell(f"its workers are {node}.")
+                return None
+            return self._delete(node) if node in NODE_GONE else self._failed("not all workers answer")
         self._granted = True
         return self._act(workers)
 

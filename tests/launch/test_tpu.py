@@ -70,6 +70,19 @@ elif (stage / "preempt").exists():
         (stage / "preempt").unlink()
         pod.write_text('["SUSPENDED"]')
         print("SUSPENDED")
+elif (stage / "repair").exists():
+    end_workers()
+    if verb != "describe":
+        leave("the TPU is not READY")
+    looks = (stage / "repair").read_text()
+    if kind == "queued-resources":
+        print("ACTIVE")
+    elif len(looks) > 1:
+        (stage / "repair").write_text(looks[1:])
+        print("REPAIRING")
+    else:
+        (stage / "repair").unlink()
+        print("READY")
 elif verb == "describe":
     pod.write_text(json.dumps(state[1:] or state))
     if state[0] == "no answer":
@@ -126,6 +139,10 @@ print(f"start {start} of {home.name}: {deed}", flush=True)
 if deed == "preempted":
     if first:
         (stage / "preempt").touch()
+    time.sleep(60)
+elif deed == "repaired":
+    if first:
+        (stage / "repair").write_text("." * 15)
     time.sleep(60)
 elif deed == "wait":
     time.sleep(60)
@@ -272,6 +289,15 @@ def test_preemption(pod, late):
     assert pod.called("create")[0] == pod.called("create")[-1]
     assert done.stderr.count("the slice was preempted") == times
     assert "`tpu.py delete` gives it back" in done.stderr
+
+
+def test_a_slice_in_repair_is_waited_for(pod):
+    """However long it takes; its workers are there again as after a reboot, and the run goes on."""
+    done = pod.train("--poll=0.05", deeds=["repaired", "done"])
+    assert done.returncode == 0, done.stderr
+    assert len(pod.starts(0)) == len(pod.starts(1)) == 2
+    assert [len(pod.called(verb)) for verb in ("create", "scp")] == [1, 1] and not pod.called("delete")
+    assert "its workers are REPAIRING." in done.stderr and "exit codes: 137." in done.stderr
 
 
 def test_a_run_keeps_the_commit_that_it_began_with(pod):
