@@ -46,7 +46,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"fdm_jax.cli.{name}_" if keyword.iskeyword(name) else f"fdm_jax.cli.{name}")
-        sub = commands.add_parser(name, help=module.HELP, description=module.__doc__, formatter_class=_Formatter)
+        sub = commands.add_parser(
+            name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     args, unknown = parser.parse_known_args(argv)
@@ -67,10 +69,6 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the paragraphs of a command's description."""
 
 
 def use_compile_cache() -> None:
