@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fdm_jax.cli.checks import need_positive
 from fdm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -59,10 +60,7 @@ def run(args: argparse.Namespace) -> int:
     for name in what:
         if name not in MEASURES:
             raise UserError(f"--what cannot be {name!r}: {nearest(name, MEASURES)}")
-    for field in ("batch_size", "steps", "sampling_steps"):
-        value = getattr(args, field)
-        if value is not None and value < 1:
-            raise UserError(f"--{field.replace('_', '-')} must be 1 or more, and is {value}.")
+    need_positive(args, "batch_size", "steps", "sampling_steps")
     for case in cases(args):
         for name in what:
             print(json.dumps(MEASURES[name](case, args)), flush=True)

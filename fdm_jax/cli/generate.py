@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
 from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.record import SETTINGS, made_otherwise, read_settings
@@ -76,10 +77,7 @@ def parse_seeds(text: str) -> np.ndarray:
 
 def run(args: argparse.Namespace) -> int:
     seeds = parse_seeds(args.seeds)
-    for name in ("batch", "columns", "steps", "nfe"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be 1 or more, and is {value}.")
+    need_positive(args, "batch", "columns", "steps", "nfe")
 
     from absl import logging
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.sampling import add_checkpoint_argument, check_tolerance
 from fdm_jax.errors import UserError
@@ -50,10 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("batch", "num", "draws"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be 1 or more, and is {value}.")
+    need_positive(args, "batch", "num", "draws")
     check_tolerance(args.tolerance)
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed must be from 0 to 2^31 - 1, and is {args.seed}.")

@@ -21,6 +21,7 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
+from fdm_jax.cli.checks import need_positive
 from fdm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
         device, num_devices = args.device or "h200", 8 if args.num_devices is None else args.num_devices
     if device not in ACCELERATORS:
         raise UserError(f"There is no device {device!r}: {nearest(device, ACCELERATORS)}")
-    if num_devices < 1:
-        raise UserError(f"--num-devices must be 1 or more, and is {num_devices}.")
+    need_positive(args, "num_devices")
     if not 0 < args.utilisation <= 1:
         raise UserError(f"--utilisation must be above 0 and at most 1, and is {args.utilisation}.")
     if args.price is not None and not 0 < args.price < math.inf:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.places import path_argument
 from fdm_jax.errors import UserError, nearest
 
@@ -58,10 +59,7 @@ def run(args: argparse.Namespace) -> int:
     launch_operations_singly()  # before JAX starts
     if args.what not in WHAT:
         raise UserError(f"--what cannot be {args.what!r}: {nearest(args.what, WHAT)}")
-    for field in ("batch_size", "steps", "top"):
-        value = getattr(args, field)
-        if value is not None and value < 1:
-            raise UserError(f"--{field.replace('_', '-')} must be 1 or more, and is {value}.")
+    need_positive(args, "batch_size", "steps", "top")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
