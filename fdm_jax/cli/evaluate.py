@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.distributed import add_distributed_argument, joined
 from fdm_jax.cli.features import FEATURES, extract_all, gather
 from fdm_jax.cli.images import existing_images, generated_images
@@ -116,10 +117,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("batch", "num", "steps", "nfe"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be 1 or more, and is {value}.")
+    need_positive(args, "batch", "num", "steps", "nfe")  # of the action, as far as it has them
     return args.act(args)
 
 
