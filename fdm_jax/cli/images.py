@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from fdm_jax.errors import UserError
 from fdm_jax.whole_files import is_remote, resolved
 
 
+@dataclasses.dataclass
 class Images:
     """Images to measure, in pieces that can be made one by one.
 
@@ -27,11 +29,12 @@ class Images:
       make: (start, stop) -> uint8 [stop - start, H, W, C].
     """
 
-    def __init__(
-        self, name: str, shape: tuple[int, int, int], num: int, settings: dict[str, Any], piece: int,
-        make: Callable[[int, int], np.ndarray],
-    ):  # fmt: skip
-        self.name, self.shape, self.num, self.settings, self.piece, self.make = name, shape, num, settings, piece, make
+    name: str
+    shape: tuple[int, int, int]
+    num: int
+    settings: dict[str, Any]
+    piece: int
+    make: Callable[[int, int], np.ndarray]
 
 
 def generated_images(args: argparse.Namespace) -> Images:
