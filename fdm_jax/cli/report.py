@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from fdm_jax.whole_files import is_remote, resolved, write_whole
 
 if TYPE_CHECKING:
     from fdm_jax.experiment import Experiment
+    from fdm_jax.networks import SongUNet
     from fdm_jax.reporting.runs import Likelihood, Run, Sweep
 
 HELP = "make an HTML page that compares runs"
@@ -96,8 +98,7 @@ def read_runs(workdirs: Sequence[Path], sweeps: Sequence[Path] = ()) -> list[Run
     Raises:
       UserError: no workdir, nothing in it, a sweep of another run, or a file that cannot be read.
     """
-    names, counts = distinct_names(workdirs), _NetworkCounts()
-    runs = [read_run(workdir, name, counts) for workdir, name in zip(workdirs, names, strict=True)]
+    runs = [read_run(workdir, name) for workdir, name in zip(workdirs, distinct_names(workdirs), strict=True)]
     _deal_sweeps(runs, workdirs, sweeps)
     for one, workdir in zip(runs, workdirs, strict=True):
         if not (one.rows or one.evaluations or one.likelihoods or one.sweeps):
@@ -120,7 +121,7 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
         lengths = longer
 
 
-def read_run(workdir: Path, name: str, counts: _NetworkCounts) -> Run:
+def read_run(workdir: Path, name: str) -> Run:
     """One workdir, without its sweeps.
 
     Raises:
@@ -138,12 +139,13 @@ def read_run(workdir: Path, name: str, counts: _NetworkCounts) -> Run:
     except OSError as error:
         raise UserError(f"The metrics {workdir / 'metrics.jsonl'} cannot be read: {error}.") from error
     flat, experiment = _parts(config)
+    parameters, flops = _counts(experiment.network, experiment.image_shape) if experiment else (None, None)
     likelihoods = [_read_likelihood(path) for path in sorted(workdir.glob("likelihood-*.jsonl"))]
     return Run(
         name=name,
         config=flat,
-        parameters=counts.parameters(experiment),
-        flops_per_image=counts.flops(experiment),
+        parameters=parameters,
+        flops_per_image=flops,
         rows=[row for row in rows if isinstance(row, dict) and number(row.get("nimg")) is not None],
         evaluations=[_read_result(path) for path in sorted(workdir.glob("evaluations/*/result.json"))],
         likelihoods=[each for each in likelihoods if each.images],
@@ -171,31 +173,12 @@ def _parts(fields: dict[str, Any]) -> tuple[dict[str, Any], Experiment | None]:
     return filled | family, experiment
 
 
-class _NetworkCounts:
-    """Sizes of networks; each is traced once, which takes seconds."""
+@functools.cache
+def _counts(network: SongUNet, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Trained numbers, and operations per training image; equal networks are traced once, which takes seconds."""
+    from fdm_jax.accounting import parameter_count, train_flops
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, str], int] = {}
-
-    def parameters(self, experiment: Experiment | None) -> int | None:
-        """Trained numbers."""
-        from fdm_jax.accounting import parameter_count
-
-        return self._count("parameters", parameter_count, experiment)
-
-    def flops(self, experiment: Experiment | None) -> int | None:
-        """Operations per training image."""
-        from fdm_jax.accounting import train_flops
-
-        return self._count("flops", train_flops, experiment)
-
-    def _count(self, what: str, count: Any, experiment: Experiment | None) -> int | None:
-        if experiment is None:
-            return None
-        key = (what, f"{experiment.network!r} {experiment.image_shape}")
-        if key not in self._known:
-            self._known[key] = count(experiment.network, experiment.image_shape)
-        return self._known[key]
+    return parameter_count(network, image_shape), train_flops(network, image_shape)
 
 
 def _read_result(path: Path) -> dict[str, Any]:
