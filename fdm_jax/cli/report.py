@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,8 +215,8 @@ def _read_likelihood(path: Path) -> Likelihood:
     settings, rows = read_record(path)
     values = [value for row in rows if (value := number(row.get("bits_per_dim"))) is not None]
     n = len(values)
-    mean = sum(values) / n if n else math.nan
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
+    mean = statistics.fmean(values) if n else math.nan
+    error = statistics.stdev(values) / math.sqrt(n) if n > 1 else None
     return Likelihood(settings, mean, error, n)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,12 +37,12 @@ def runs_table(runs: Sequence[Run]) -> Html:
     head = ("run", "model", "data", "network", "parameters", "batch", "images seen", "wall time", "img/s")
     notes = ["img/s is the median."] if any(run.points("img_per_s") for run in runs) else []
     if any(run.seconds for run in runs):
-        notes.append(" Wall time is that of training as a whole, with compilation, evaluations and samples.")
+        notes.append("Wall time is that of training as a whole, with compilation, evaluations and samples.")
     for run in runs:
         skipped = sum(point.value for point in run.points("bad_gradients"))
         if skipped:
-            notes.append(f" {run.name} skipped {skipped:.0f} steps whose gradients were not finite.")
-    return joined([table(head, rows, words=4), note(*notes) if notes else ""])
+            notes.append(f"{run.name} skipped {skipped:.0f} steps whose gradients were not finite.")
+    return joined([table(head, rows, words=4), note(" ".join(notes)) if notes else ""])
 
 
 def described(run: Run) -> str:
@@ -81,8 +81,8 @@ def _images_seen(run: Run) -> str:
 
 
 def _speed(run: Run) -> str:
-    speeds = sorted(point.value for point in run.points("img_per_s"))
-    return shown(speeds[len(speeds) // 2]) if speeds else ABSENT
+    speeds = [point.value for point in run.points("img_per_s")]
+    return shown(statistics.median(speeds)) if speeds else ABSENT
 
 
 def differences(runs: Sequence[Run]) -> Html:
@@ -128,7 +128,7 @@ def results_table(runs: Sequence[Run]) -> Html:
     head = ("run", *("training loss" if figure == "loss" else name_of(figure) for figure in columns))
     notes = ["Last values; the best where it was an earlier one."] if figures else []
     notes += _of_how_many(runs)
-    return joined([table(head, rows), note(*notes) if notes else ""])
+    return joined([table(head, rows), note(" ".join(notes)) if notes else ""])
 
 
 def _of_how_many(runs: Sequence[Run]) -> list[str]:
@@ -140,7 +140,7 @@ def _of_how_many(runs: Sequence[Run]) -> list[str]:
     if not counts:
         return []
     return [
-        f" Fréchet distances in training are of {' or '.join(sorted(counts))} generated images; they fall with more."
+        f"Fréchet distances in training are of {' or '.join(sorted(counts))} generated images; they fall with more."
     ]
 
 
@@ -168,7 +168,7 @@ def pair_lines(pairs: Sequence[Pair]) -> Html:
                 ratios[pair.run.name, pair.base.name] = shared[0].value / shared[1].value
                 lines.append(pair_line(pair, figure, *shared))
         if len(ratios) > 1:
-            mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+            mean = statistics.geometric_mean(ratios.values())
             span = f"from {min(ratios.values()):.3f} to {max(ratios.values()):.3f}"
             lines.append(f"{name_of(figure)}, all {len(ratios)} pairs: ratio {mean:.3f} in the geometric mean, {span}.")
     if not lines:
