@@ -42,6 +42,19 @@ def made_otherwise(place: Path, what: str, before: Mapping[str, Any], settings: 
     return UserError(f"{place} holds {what} made with another {different}: delete it, or give another --out.")
 
 
+def parse_record(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Settings and rows of a :class:`Record`'s file, without a last line that a kill cut short.
+
+    Raises:
+      ValueError, KeyError, TypeError: it is something else.
+    """
+    whole, _, _ = text.rpartition("\n")
+    first, *rows = [json.loads(line) for line in whole.splitlines()]
+    if not isinstance(first["settings"], dict) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("it holds something else")
+    return first["settings"], rows
+
+
 class Record:
     """A file of JSON lines: the settings first, then a row for each result.
 
@@ -70,10 +83,8 @@ class Record:
             raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
 
     def _read(self, text: str, settings: dict[str, Any]) -> None:
-        whole, _, torn = text.rpartition("\n")  # a kill may leave a line without its end
         try:
-            first, *self.rows = [json.loads(line) for line in whole.splitlines()] or [{}]
-            before = dict(first["settings"])
+            before, self.rows = parse_record(text)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.path} is there already and is not a file of results: give another --out."
@@ -82,8 +93,8 @@ class Record:
             write_text(self.path, json.dumps({"settings": settings}) + "\n")
         elif before != settings:
             raise made_otherwise(self.path, "results", before, settings)
-        elif torn:
-            write_text(self.path, whole + "\n")
+        elif not text.endswith("\n"):
+            write_text(self.path, text[: text.rindex("\n") + 1])
 
     def add(self, *rows: Mapping[str, Any]) -> None:
         """Append results."""

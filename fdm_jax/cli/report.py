@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdm_jax.cli.places import path_argument, place_argument
+from fdm_jax.cli.record import parse_record
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import is_remote, resolved, write_whole
 
@@ -193,20 +194,15 @@ def _read_result(path: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Settings and rows of a file of results (:class:`~fdm_jax.cli.record.Record`), without a torn last line.
+    """Settings and rows of a file of results.
 
     Raises:
       UserError: it is no such file.
     """
     try:
-        whole, _, _ = path.read_text().rpartition("\n")
-        first, *rows = [json.loads(line) for line in whole.splitlines()]
-        settings = first["settings"]
-        if not isinstance(settings, dict) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("it holds something else")
+        return parse_record(path.read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no file of results ({error}).") from error
-    return settings, rows
 
 
 def _read_likelihood(path: Path) -> Likelihood:
