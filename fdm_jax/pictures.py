@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -88,10 +88,7 @@ def curves_png(
         axes.plot(x, y, label=name, marker=marker, markersize=4)
     if logx:
         axes.set_xscale("log")
-        ticks = sorted({float(value) for x, _ in series.values() for value in x})
-        if len(ticks) <= 12:  # the numbers that were chosen say more than powers of ten
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.set_xticks([], minor=True)
+        own_ticks(axes.xaxis, (value for x, _ in series.values() for value in x))
     if logy:
         axes.set_yscale("log")
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -99,6 +96,14 @@ def curves_png(
     if len(series) > 1:
         axes.legend()
     _write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def own_ticks(axis: Any, values: Iterable[float]) -> None:
+    """Put matplotlib's ticks where values are, if they are few: the numbers that were chosen say more than powers of ten."""
+    ticks = sorted(set(values))
+    if len(ticks) <= 12:
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_ticks([], minor=True)
 
 
 def rows_png(path: str | os.PathLike[str], rows: Mapping[str, np.ndarray]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fdm_jax.pictures import own_ticks
 from fdm_jax.reporting.runs import Case, Pair, Point, Run, common_point
 
 
@@ -109,7 +110,7 @@ def sigma_png(runs: Sequence[Run], pairs: Sequence[Pair]) -> bytes:
         )
     for panel in panels:
         panel.set_xscale("log")
-        _ticks(panel.xaxis, [level for places in last.values() for level, _ in places])
+        own_ticks(panel.xaxis, [level for places in last.values() for level, _ in places])
         panel.set_xlabel("noise level σ")
     return _png(canvas)
 
@@ -136,7 +137,7 @@ def sweep_png(cases: Sequence[Case], figures: Sequence[str], marks: Mapping[str,
             nfe, value, run = [case.nfe for case in line], [case.values[figure][0] for case in line], line[0].run
             panel.plot(nfe, value, run.dash, color=run.colour, marker=marks[solver], markersize=5, linewidth=1.2)
         panel.set_xscale("log")
-        _ticks(panel.xaxis, [case.nfe for case in of_figure])
+        own_ticks(panel.xaxis, [case.nfe for case in of_figure])
         _scale(panel.yaxis, [case.values[figure][0] for case in of_figure])
         panel.set_title(_literal(figure.replace(", ", "\n", 1)), fontsize="medium")
         panel.set_xlabel("function evaluations")
@@ -185,17 +186,6 @@ def _thousands(panel: Any) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(5))
     if panel.get_xlim()[1] >= 1000:
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-
-
-def _ticks(axis: Any, values: Iterable[float]) -> None:
-    """The values themselves, if they are few: the numbers that were chosen say more than powers of ten."""
-    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
-
-    ticks = sorted(set(values))
-    if len(ticks) <= 12:
-        axis.set_major_locator(FixedLocator(ticks))
-        axis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
-        axis.set_minor_locator(NullLocator())
 
 
 def _scale(axis: Any, values: Sequence[float], least: float = 2.5) -> None:
