@@ -100,11 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from absl import logging
-
     from fdm_jax.user_dirs import default_data_dir
 
-    logging.set_verbosity(logging.ERROR)  # TFDS warns of every data set that is not of its own catalogue
     args.data_dir = args.data_dir or default_data_dir()
     return args.act(args)
 

@@ -30,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import numpy as np
-    from absl import logging
 
     from fdm_jax import pictures
     from fdm_jax.cli.config import load
@@ -41,7 +40,6 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax.training.checkpoints import Checkpoints
     from fdm_jax.training.loop import train
 
-    logging.set_verbosity(logging.FATAL)
     config = load(args)
     source = open_data(config)
     experiment = Experiment.from_config(config, source.spec)

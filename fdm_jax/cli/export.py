@@ -29,12 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from absl import logging
-
     from fdm_jax.interop.files import export_model
     from fdm_jax.training.checkpoints import read_config
 
-    logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
     read_config(args.workdir)
     description = export_model(args.workdir, args.out, args.format, args.checkpoint)
     print(

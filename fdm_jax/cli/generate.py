@@ -78,10 +78,6 @@ def parse_seeds(text: str) -> np.ndarray:
 def run(args: argparse.Namespace) -> int:
     seeds = parse_seeds(args.seeds)
     need_positive(args, "batch", "columns", "steps", "nfe")
-
-    from absl import logging
-
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     with joined(args.distributed, leave_on_sigterm=True):
         _generate(args, seeds)
     return 0

@@ -25,11 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import jax
-    from absl import logging
 
     from fdm_jax.interop.files import import_model
 
-    logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
     model = import_model(args.file, args.workdir)
     family, network = model.config["family"]["name"].upper(), model.network
     momentum = model.family.momentum

@@ -56,8 +56,6 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed must be from 0 to 2^31 - 1, and is {args.seed}.")
 
-    from absl import logging
-
     from fdm_jax.cli.record import Record
     from fdm_jax.cli.sampling import load_model
     from fdm_jax.devices import make_mesh
@@ -65,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax.progress import Progress
     from fdm_jax.sampling.grids import check_range, sampling_range
 
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     model = load_model(args.workdir, args.checkpoint)
     experiment, shape = model.experiment, model.experiment.image_shape
     check_range(args.sigma_min, args.sigma_max)

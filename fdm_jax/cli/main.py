@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from absl import logging
+
 from fdm_jax import __version__
 from fdm_jax.cli.places import check_local
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError
@@ -87,6 +89,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     try:
         check_local(args)
+        logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
         keep_freed_memory()
         avoid_slow_convolutions()
         use_compile_cache()

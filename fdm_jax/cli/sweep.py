@@ -71,13 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from absl import logging
-
     from fdm_jax.cli.evaluate import open_reference
     from fdm_jax.cli.record import Record
     from fdm_jax.sampling.generate import NotFinite
 
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     seeds, cases = parse_seeds(args.seeds), choose_cases(args)
     for name in ("batch", "num"):
         if getattr(args, name) < (2 if name == "num" else 1):

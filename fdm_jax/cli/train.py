@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import jax
-    from absl import logging
 
     from fdm_jax.cli.config import load
     from fdm_jax.defaults import to_json
@@ -64,6 +63,5 @@ def run(args: argparse.Namespace) -> int:
             if jax.process_index() == 0:
                 print(to_json(config), end="")
             return 0
-        logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
         train(experiment, source, args.workdir)
     return 0
