@@ -71,7 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import jax
-    from absl import logging
 
     from fdm_jax import pictures
     from fdm_jax.devices import make_mesh
@@ -79,7 +78,6 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax.sampling.seeds import to_uint8
 
     _check(args)
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     seeds = parse_seeds(args.seeds)
     if args.action == "interpolate" and len(seeds) != 2:
         raise UserError(f"Interpolation goes from one seed to another: give two, not {len(seeds)}.")

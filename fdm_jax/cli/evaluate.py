@@ -126,8 +126,6 @@ def run(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Generate or read, extract, measure, write down."""
-    from absl import logging
-
     if args.ref is None or (args.workdir is None) == (args.images is None):
         raise UserError(
             "fdm evaluate takes --workdir=DIR or --images=PATH, and --ref=STATS.npz (made by `fdm evaluate ref`)."
@@ -141,7 +139,6 @@ def evaluate(args: argparse.Namespace) -> int:
                 raise UserError(f"--{option} says how a --workdir's model generates, and --images are there already.")
     if args.bootstrap < 0:
         raise UserError(f"--bootstrap must be 0 or more, and is {args.bootstrap}.")
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     with joined(args.distributed, leave_on_sigterm=True):
         return _evaluate(args)
 
