@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import operator
 import threading
 from collections.abc import Sequence
 
@@ -73,35 +72,6 @@ class Source(abc.ABC):
 
     def __len__(self) -> int:
         return self.spec.num_images
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Image ``index`` as ``{"image": uint8 [H, W, C], "label": int32 []}``."""
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """A list of what ``__getitem__`` gives, read together.
-
-        Raises:
-          IndexError: an index is outside 0..N-1.
-        """
-        indices = [operator.index(i) for i in indices]
-        for i in indices:
-            if not 0 <= i < len(self):
-                raise IndexError(f"image {i} of {self.spec.name}, which has {len(self)}")
-        batch = self.read(indices)
-        pairs = zip(batch["image"], batch["label"], strict=True)
-        return [{"image": image, "label": label} for image, label in pairs]
-
-
-class ArraySource(Source):
-    """Images that are in memory: uint8 [N, H, W, C] and int32 [N]."""
-
-    def __init__(self, spec: DataSpec, images: np.ndarray, labels: np.ndarray):
-        self.spec, self._images, self._labels = spec, images, labels
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        indices = np.asarray(indices, np.int64)
-        return {"image": self._images[indices], "label": self._labels[indices]}
 
 
 class FileSource(Source):

@@ -29,15 +29,11 @@ def test_zip_and_folder(path, pixels):
     spec = source.spec
     assert (spec.name, spec.num_images, spec.resolution, spec.channels, spec.num_classes) == ("a", 7, 4, 3, 3)
     assert len(source) == 7
-    for i, example in enumerate(source):  # in the order of the names, each with its own label
-        np.testing.assert_array_equal(example["image"], pixels[i])
-        assert example["image"].dtype == np.uint8
-        assert example["label"] == i % 3 and example["label"].dtype == np.int32
-    rows = source.__getitems__([5, 0, 5])
-    np.testing.assert_array_equal([row["image"] for row in rows], pixels[[5, 0, 5]])
-    for outside in (7, -1):
-        with pytest.raises(IndexError):
-            source[outside]
+    batch = source.read(range(7))  # in the order of the names, each with its own label
+    np.testing.assert_array_equal(batch["image"], pixels)
+    np.testing.assert_array_equal(batch["label"], np.arange(7) % 3)
+    assert batch["image"].dtype == np.uint8 and batch["label"].dtype == np.int32
+    np.testing.assert_array_equal(source.read([5, 0, 5])["image"], pixels[[5, 0, 5]])
 
 
 def test_files_at_any_depth_of_any_known_kind_and_nothing_else(archives, pixels, tmp_path):
@@ -68,11 +64,8 @@ def test_links_to_folders_are_followed_but_not_in_circles(archives, pixels, tmp_
 
 def test_labels_written_with_backslashes(archives, files, pixels):
     written = files["dataset.json"].replace(b"0/img", b"0\\\\img")
-    assert [row["label"] for row in open_source(archives.zip(files | {"dataset.json": written}))][:3] == [
-        0,
-        1,
-        2,
-    ]
+    source = open_source(archives.zip(files | {"dataset.json": written}))
+    assert source.read(range(3))["label"].tolist() == [0, 1, 2]
 
 
 def test_without_labels_dataset_json_is_not_looked_at(archives, files):
