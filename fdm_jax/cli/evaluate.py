@@ -24,7 +24,6 @@ import importlib.metadata
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,12 +228,6 @@ def _open_data(args: argparse.Namespace, split: str, use_labels: bool) -> Source
     return open_source(args.data, split=split, data_dir=args.data_dir, use_labels=use_labels, cache_mb=0)
 
 
-def batches(source: Source, num: int, size: int = 512) -> Iterator[dict[str, np.ndarray]]:
-    """The first ``num`` images in order."""
-    for start in range(0, num, size):
-        yield source.read(np.arange(start, min(start + size, num)))
-
-
 def make_reference(args: argparse.Namespace) -> int:
     """Statistics of a data set."""
     from fdm_jax.data.staging import local_copy
@@ -257,7 +250,7 @@ def make_reference(args: argparse.Namespace) -> int:
     )
     maker, counted, kept = FeatureMaker(extractor, make_mesh(), args.batch), Moments(extractor.width), []
     progress, began, done = Progress(num, 0), time.monotonic(), 0
-    for batch in batches(source, num):
+    for batch in source.in_order(512, num):
         features, _ = maker(batch["image"])
         counted.add(features)
         if args.keep_features:
@@ -284,13 +277,10 @@ def fit_classifier(args: argparse.Namespace) -> int:
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed must be from 0 to 2^31 - 1, and is {args.seed}.")
     source = _open_data(args, args.split, use_labels=True)
-    data = [
-        np.concatenate(part)
-        for part in zip(*((b["image"], b["label"]) for b in batches(source, len(source))), strict=True)
-    ]
+    batch = source.read(np.arange(len(source)))
     order = np.random.default_rng(args.seed).permutation(len(source))
-    held = order[: max(len(order) // 10, 1)]
-    images, labels = (part[order[len(held) :]] for part in data)
+    held, rest = np.split(order, [max(len(order) // 10, 1)])
+    images, labels = batch["image"], batch["label"]
     progress, began = Progress(args.steps * 128, 0), time.monotonic()
 
     def report(steps: int, loss: float) -> None:
@@ -298,7 +288,7 @@ def fit_classifier(args: argparse.Namespace) -> int:
         progress.report(steps * 128 / (time.monotonic() - began), f"loss {loss:.3f}")
 
     fitted = classifier.fit(
-        images, labels, (data[0][held], data[1][held]), source.spec.name,
+        images[rest], labels[rest], (images[held], labels[held]), source.spec.name,
         steps=args.steps, batch_size=128, seed=args.seed, report=report,
     )  # fmt: skip
     progress.close()

@@ -38,8 +38,7 @@ def write_zip(source: Source, path: Path, advance: Callable[[int], None] = lambd
     def write(temporary: Path) -> None:
         pairs: list[list[object]] = []
         with zipfile.ZipFile(temporary, "w") as out:  # PNGs are packed already
-            for start in range(0, len(source), 256):
-                batch = source.read(np.arange(start, min(start + 256, len(source))))
+            for batch in source.in_order():
                 for image, label in zip(batch["image"], batch["label"], strict=True):
                     name = f"{len(pairs) // 1000:05d}/img{len(pairs):08d}.png"
                     out.writestr(zipfile.ZipInfo(name), _png(image))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class DataSpec:
       num_images: N, mirrored copies included.
       resolution: height and width in pixels.
       channels: 1 (grey) or 3 (RGB).
-      num_classes: the highest label plus one, or 0 if unlabelled.
+      num_classes: of the names, or else the highest label plus one; 0 if unlabelled.
       class_names: one name per class, if known.
     """
 
@@ -72,6 +72,12 @@ class Source(abc.ABC):
 
     def __len__(self) -> int:
         return self.spec.num_images
+
+    def in_order(self, size: int = 256, num: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """The first ``num`` images, all by default, in batches of ``size`` and a smaller last one."""
+        num = len(self) if num is None else num
+        for start in range(0, num, size):
+            yield self.read(np.arange(start, min(start + size, num)))
 
 
 class FileSource(Source):

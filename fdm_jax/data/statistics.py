@@ -26,7 +26,7 @@ class Statistics:
     sigma_data: float
 
 
-def measure(source: Source, batch_size: int = 256) -> Statistics:
+def measure(source: Source) -> Statistics:
     """Reads every image once; sums are of whole numbers, so the result does not depend on their order.
 
     Raises:
@@ -35,8 +35,7 @@ def measure(source: Source, batch_size: int = 256) -> Statistics:
     spec = source.spec
     counts = np.zeros(spec.num_classes, np.int64)
     total, squares = np.zeros(spec.channels, np.int64), np.zeros(spec.channels, np.int64)
-    for start in range(0, len(source), batch_size):
-        batch = source.read(np.arange(start, min(start + batch_size, len(source))))
+    for batch in source.in_order():
         values = batch["image"].astype(np.uint32)
         total += values.sum(axis=(0, 1, 2), dtype=np.int64)
         squares += (values * values).sum(axis=(0, 1, 2), dtype=np.int64)
@@ -64,8 +63,7 @@ def examples(source: Source, columns: int, rows: int) -> np.ndarray:
         return source.read(np.linspace(0, len(source) - 1, rows * columns).astype(np.int64))["image"]
     sheet = np.zeros((rows, columns, spec.resolution, spec.resolution, spec.channels), np.uint8)
     filled = np.zeros(columns, np.int64)
-    for start in range(0, len(source), 256):
-        batch = source.read(np.arange(start, min(start + 256, len(source))))
+    for batch in source.in_order():
         for image, label in zip(batch["image"], batch["label"], strict=True):
             if label < columns and filled[label] < rows:
                 sheet[filled[label], label] = image
