@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from tqdm import tqdm
 
 
 class Progress:
-    """A bar on a terminal; plain lines, one per call of ``report``, elsewhere.
+    """A bar on a terminal; plain lines, one per call of ``count`` or ``report``, elsewhere.
 
     Args:
       total: images of the whole work.
@@ -18,6 +19,7 @@ class Progress:
 
     def __init__(self, total: int, done: int, quiet: bool = False):
         self._total, self._done, self._quiet = total, done, quiet
+        self._before, self._began = done, time.monotonic()
         self._bar = None
         if sys.stderr.isatty() and not quiet:
             self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0.05)
@@ -27,6 +29,11 @@ class Progress:
         if self._bar is not None:
             self._bar.update(done - self._done)
         self._done = done
+
+    def count(self, done: int, note: str = "") -> None:
+        """``done`` images are done; say so, with the speed since this start."""
+        self.advance(done)
+        self.report((done - self._before) / max(time.monotonic() - self._began, 1e-9), note)
 
     def report(self, img_per_s: float, note: str = "") -> None:
         """Say how it goes."""

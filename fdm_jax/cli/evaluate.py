@@ -23,7 +23,6 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -249,15 +248,14 @@ def make_reference(args: argparse.Namespace) -> int:
         (spec.resolution, spec.resolution, spec.channels),
     )
     maker, counted, kept = FeatureMaker(extractor, make_mesh(), args.batch), Moments(extractor.width), []
-    progress, began, done = Progress(num, 0), time.monotonic(), 0
+    progress, done = Progress(num, 0), 0
     for batch in source.in_order(512, num):
         features, _ = maker(batch["image"])
         counted.add(features)
         if args.keep_features:
             kept.append(features)
         done += len(features)
-        progress.advance(done)
-        progress.report(done / (time.monotonic() - began))
+        progress.count(done)
     progress.close()
     description = extractor.describe() | {
         "data": spec.name, "split": args.split, "images": num, "resolution": spec.resolution, "versions": versions(),
@@ -281,15 +279,11 @@ def fit_classifier(args: argparse.Namespace) -> int:
     order = np.random.default_rng(args.seed).permutation(len(source))
     held, rest = np.split(order, [max(len(order) // 10, 1)])
     images, labels = batch["image"], batch["label"]
-    progress, began = Progress(args.steps * 128, 0), time.monotonic()
-
-    def report(steps: int, loss: float) -> None:
-        progress.advance(steps * 128)
-        progress.report(steps * 128 / (time.monotonic() - began), f"loss {loss:.3f}")
-
+    progress = Progress(args.steps * 128, 0)
     fitted = classifier.fit(
         images[rest], labels[rest], (images[held], labels[held]), source.spec.name,
-        steps=args.steps, batch_size=128, seed=args.seed, report=report,
+        steps=args.steps, batch_size=128, seed=args.seed,
+        report=lambda steps, loss: progress.count(steps * 128, f"loss {loss:.3f}"),
     )  # fmt: skip
     progress.close()
     classifier.save(fitted, args.out)

@@ -51,14 +51,13 @@ def extract_all(
     total, left = (sum(min(piece, images.num - start) for start in starts) for starts in (ours, missing))
     maker = FeatureMaker(extractor, make_mesh(jax.local_devices()), min(args.batch, images.num))
     progress = Progress(total, total - left, quiet=jax.process_index() > 0)
-    began, done = time.monotonic(), 0
+    began, done = time.monotonic(), total - left
     for start in missing:
         features, logits = maker(images.make(start, min(start + piece, images.num)))
         check_finite(features)
         save_npz(pieces / f"{start:09d}.npz", {"features": features} | ({} if logits is None else {"logits": logits}))
         done += len(features)
-        progress.advance(total - left + done)
-        progress.report(done / (time.monotonic() - began))
+        progress.count(done)
     progress.close()
     wait_for_all("all features are there")
     return time.monotonic() - began, piece

@@ -13,7 +13,6 @@ are kept image by image in a file of JSON lines; a command that was stopped goes
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 import numpy as np
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         mesh = make_mesh()
         bits = compile_bits(experiment, span, args, mesh)
         progress = Progress(num, num - len(missing))
-        size, began = -(-min(args.batch, len(missing)) // mesh.size) * mesh.size, time.monotonic()
+        size = -(-min(args.batch, len(missing)) // mesh.size) * mesh.size
         for start in range(0, len(missing), size):
             indices = missing[start : start + size]
             batch = source.read(np.pad(indices, (0, size - len(indices)), mode="edge"))
@@ -102,9 +101,7 @@ def run(args: argparse.Namespace) -> int:
                 {"index": int(i), "bits_per_dim": float(value), "ode_steps": int(steps)}
                 for i, value in zip(indices, values, strict=False)
             ))  # fmt: skip
-            done = start + len(indices)
-            progress.advance(num - len(missing) + done)
-            progress.report(done / (time.monotonic() - began))
+            progress.count(num - len(missing) + start + len(indices))
         progress.close()
     # By index: of two commands at once, each may have written an image's row.
     values = np.array(list({row["index"]: row["bits_per_dim"] for row in record.rows if row["index"] < num}.values()))

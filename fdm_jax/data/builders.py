@@ -219,14 +219,13 @@ class _Timed:
 
     def __init__(self, total: int):
         self._progress, self._total, self._done = Progress(total, 0), total, 0
-        self._began = self._reported = time.monotonic()
+        self._reported = time.monotonic()
 
     def advance(self, count: int) -> None:
         self._done += count
         self._progress.advance(self._done)
-        now = time.monotonic()
-        if now > self._reported + _REPORT_SECONDS:
-            self._progress.report(self._done / (now - self._began))
-            self._reported = now
+        if time.monotonic() > self._reported + _REPORT_SECONDS:
+            self._progress.count(self._done)
+            self._reported = time.monotonic()
         if self._done == self._total:
             self._progress.close()
