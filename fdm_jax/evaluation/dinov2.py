@@ -17,6 +17,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from fdm_jax.errors import UserError
 from fdm_jax.evaluation.inception import HIGHEST, as_rgb, check_images
@@ -196,10 +197,8 @@ def load_dinov2(path: Path) -> tuple[DinoV2Config, dict[str, Any]]:
     """
     if path.suffix != ".safetensors":
         raise UserError(f"A file of DINOv2's weights ends in .safetensors, and {path} does not.")
-    from safetensors.numpy import load_file
-
     with weights_of(path, _WHAT):
-        state = load_file(path)
+        state = safetensors.numpy.load_file(path)
         state.pop("embeddings.mask_token", None)  # for training
         config = _config(state)
         parameters = _parameters(config)

@@ -18,6 +18,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from fdm_jax.errors import UserError
 from fdm_jax.evaluation.weights import check_weights, sha256, weights_of
@@ -262,10 +263,8 @@ def convert_inception(source: Path, out: Path) -> None:
         raise UserError(f"The converted file must end in .safetensors, and is {out}.")
     if out.exists():
         raise UserError(f"{out} is there already: delete it, or give another name.")
-    from safetensors.numpy import save
-
     # One entry alone: of several the order is chance, and with it the checksum by which results know their weights.
-    content = save(_read(source), metadata={"source": f"{source.name}, sha256 {sha256(source)}"})
+    content = safetensors.numpy.save(_read(source), metadata={"source": f"{source.name}, sha256 {sha256(source)}"})
     write_whole(out, lambda temporary: temporary.write_bytes(content))
 
 
@@ -274,16 +273,10 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise UserError(f"A file of Inception's weights ends in .safetensors or .pth ({PTH}), and {path} does not.")
     with weights_of(path, _WHAT):
-        state = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+        state = safetensors.numpy.load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
         state = {name: value for name, value in state.items() if not name.endswith(".num_batches_tracked")}
         check_weights(state, _shapes())
     return state
-
-
-def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    return load_file(path)
 
 
 def _load_torch(path: Path) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from fdm_jax import __version__
 from fdm_jax.errors import UserError
@@ -32,7 +33,7 @@ def load_model(path: Path) -> Model:
         return load_snapshot(path)
     description = _read_description(path)
     try:
-        state = _load_torch(path) if path.suffix == ".pt" else _load_safetensors(path)
+        state = _load_torch(path) if path.suffix == ".pt" else safetensors.numpy.load_file(path)
         return Model.from_config(description["config"], from_torch(state))
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
@@ -106,7 +107,10 @@ def export_model(workdir: Path, path: Path, kind: str, step: int | str | None = 
     if not beside.is_file() or beside.read_bytes() != text.encode():
         _check_new(beside)
         write_whole(beside, lambda file: file.write_text(text))
-    write_whole(path, lambda file: _save_torch(state, file) if kind == "torch" else _save_safetensors(state, file))
+    if kind == "torch":
+        write_whole(path, lambda file: _save_torch(state, file))
+    else:  # as bytes: safetensors has errors of its own for a full disk or a missing folder
+        write_whole(path, lambda file: file.write_bytes(safetensors.numpy.save(state)))
     return description
 
 
@@ -154,18 +158,6 @@ def _read_description(path: Path) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         raise UserError(f"{beside} is not the description of a file that `fdm export` wrote.")
     return description
-
-
-def _load_safetensors(path: Path) -> Mapping[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    return load_file(path)
-
-
-def _save_safetensors(state: Mapping[str, np.ndarray], path: Path) -> None:
-    from safetensors.numpy import save
-
-    path.write_bytes(save(dict(state)))  # its own writing has errors of its own for a full disk or a missing folder
 
 
 def _load_torch(path: Path) -> Mapping[str, np.ndarray]:
