@@ -100,8 +100,6 @@ def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Callable[[], 
     weights = local_copy(place(config.weights)) if config.weights else None
     extractor = open_extractor(kind, weights, experiment.image_shape)
     check_fits(reference, extractor, path)
-    if config.num_images < 2:
-        raise UserError(f"eval.num_images must be 2 or more, and is {config.num_images}.")
     generate = make_generate_fn(
         experiment.network, experiment.family, experiment.image_shape, experiment.num_classes,
         steps=experiment.config.samples.steps,
