@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fdm_jax.data.staging import local_copy
-from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.devices import sharded
 from fdm_jax.errors import UserError
 from fdm_jax.evaluation.denoising import DenoisingError
@@ -21,7 +20,7 @@ from fdm_jax.evaluation.moments import Moments
 from fdm_jax.evaluation.references import check_fits, load_reference
 from fdm_jax.experiment import Experiment, open_data
 from fdm_jax.sampling import seeds as draws
-from fdm_jax.sampling.generate import BatchedGenerator, NotFinite, make_generate_fn
+from fdm_jax.sampling.generate import BatchedGenerator, NotFinite, make_generate_fn, make_model_denoiser
 from fdm_jax.whole_files import place
 
 log = logging.getLogger(__name__)
@@ -82,11 +81,10 @@ def _held_out(experiment: Experiment, mesh: Mesh) -> DenoisingError:
     if found != shape:
         raise UserError(f"The held-out images of {spec.name} are {found}, and the run's are {shape}.")
     batch = source.read(np.arange(min(len(source), config.held_out_images)))
+    model_denoiser = make_model_denoiser(experiment.network, experiment.family, experiment.num_classes)
 
     def denoise(variables: Any, x: jax.Array, sigma: jax.Array, labels: jax.Array) -> jax.Array:
-        class_labels = jax.nn.one_hot(labels, experiment.num_classes) if experiment.num_classes else None
-        network = lambda x, c_noise: experiment.network.apply(variables, x, c_noise, class_labels)  # noqa: E731
-        return make_denoise_fn(experiment.family, network)(x, sigma)
+        return model_denoiser(variables, labels)(x, sigma)
 
     images = batch["image"] / np.float32(127.5) - 1
     size = -(-min(256, 4 * len(images)) // mesh.size) * mesh.size
