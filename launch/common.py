@@ -198,6 +198,17 @@ class Restarts:
         return min(300.0, self.backoff * 2 ** (self._crashes - 1)), f"restart {self._crashes} of at most {self.limit}"
 
 
+def verdict(codes: Sequence[int | None]) -> int:
+    """One exit code for those who have ended: a user's error before a crash before 75 before 0."""
+    ended = [code for code in codes if code]
+    if not ended:
+        return DONE
+    if USER_ERROR in ended:
+        return USER_ERROR
+    first = next((code for code in ended if code != RESTART), RESTART)
+    return 128 - first if first < 0 else first
+
+
 def finish(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a launcher and leave with its exit code."""
     try:

@@ -30,7 +30,6 @@ from collections.abc import Iterable, Sequence
 from common import (
     DONE,
     RESTART,
-    USER_ERROR,
     Refusal,
     Restarts,
     default_fdm,
@@ -44,6 +43,7 @@ from common import (
     say,
     seconds,
     shell_words,
+    verdict,
 )
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -228,17 +228,6 @@ class Group:
         while not self.told and time.monotonic() < end:
             time.sleep(POLL)
         return self.told
-
-
-def verdict(codes: Sequence[int | None]) -> int:
-    """One exit code for those who have ended: a user's error before a crash before 75 before 0."""
-    ended = [code for code in codes if code]
-    if not ended:
-        return DONE
-    if USER_ERROR in ended:
-        return USER_ERROR
-    first = next((code for code in ended if code != RESTART), RESTART)
-    return 128 - first if first < 0 else first
 
 
 def words(code: int) -> str:

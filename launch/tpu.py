@@ -46,6 +46,7 @@ from common import (
     run,
     say,
     seconds,
+    verdict,
 )
 
 VERBS = ("train", "create", "setup", "run", "status", "tail", "stop", "delete")
@@ -341,7 +342,7 @@ class Train:
                 self._ending = True  # the others may be saving: they get until the next look
                 return None
             self._show_log()
-            code = USER_ERROR if USER_ERROR in codes else next((c for c in codes if c not in (DONE, RESTART)), RESTART)
+            code = verdict(codes)
             say(f"the workers' exit codes: {', '.join(map(str, sorted(set(codes))))}.")
             wait, reason = self._restarts.after(code)
             if wait is None:
