@@ -56,13 +56,11 @@ class Snapshot:
     Attributes:
       ema: the preconditioned network.
       loss, augment: what it was trained with, if the file says so.
-      dataset: keyword arguments of the data set, {} if the file has none.
     """
 
     ema: Persistent
     loss: Persistent | None
     augment: Persistent | None
-    dataset: Mapping[str, Any]
 
 
 def read_snapshot(path: Path, load_storage: Callable[[bytes], np.ndarray] | None = None) -> Snapshot:
@@ -91,14 +89,8 @@ def read_snapshot(path: Path, load_storage: Callable[[bytes], np.ndarray] | None
             raise UserError(f"{path} is not a snapshot, or a damaged or incomplete one ({reason}).") from error
     if not isinstance(content, dict) or not isinstance(content.get("ema"), Persistent):
         raise UserError(f'{path} is a pickle, but has no network under "ema": it is not a snapshot of FDM or EDM.')
-    parts = {
-        name: value if isinstance(value := content.get(name), Persistent) else None
-        for name in ("loss_fn", "augment_pipe")
-    }
-    dataset = content.get("dataset_kwargs")
-    return Snapshot(
-        content["ema"], parts["loss_fn"], parts["augment_pipe"], dataset if isinstance(dataset, dict) else {}
-    )
+    others = (content.get(name) for name in ("loss_fn", "augment_pipe"))
+    return Snapshot(content["ema"], *(value if isinstance(value, Persistent) else None for value in others))
 
 
 def tensors(module: Persistent) -> dict[str, np.ndarray]:

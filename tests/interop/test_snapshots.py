@@ -132,7 +132,7 @@ def described(name="EDMPrecond", network=None, loss=None, **state):
         "SongUNet", {"_init_kwargs": {"img_resolution": 8, "in_channels": 3, "out_channels": 3} | (network or {})}
     )
     ema = Persistent(name, state | {"_modules": {"model": model}})
-    return Snapshot(ema, loss, None, {})
+    return Snapshot(ema, loss, None)
 
 
 def family_of(config):
@@ -195,10 +195,10 @@ def endless():
         (described("Generator"), "its network is a Generator, and VPPrecond"),
         (described("iDDPMPrecond"), "its network is a iDDPMPrecond"),
         (
-            Snapshot(Persistent("EDMPrecond", {"_modules": {"model": Persistent("DhariwalUNet", {})}}), None, None, {}),
+            Snapshot(Persistent("EDMPrecond", {"_modules": {"model": Persistent("DhariwalUNet", {})}}), None, None),
             "DhariwalUNet; SongUNet .* not ADM",
         ),
-        (Snapshot(Persistent("EDMPrecond", {}), None, None, {}), "network of an unknown kind"),
+        (Snapshot(Persistent("EDMPrecond", {}), None, None), "network of an unknown kind"),
         (described(network={"img_size": 3}), "made with 'img_size'"),
         (
             described(network={"in_channels": endless(), "out_channels": endless()}),
