@@ -32,12 +32,6 @@ class Moments:
         if sum(map(len, self._waiting)) >= _BLOCK:
             self._flush()
 
-    def merge(self, other: Moments) -> None:
-        """Count in what another one has counted."""
-        other._flush()
-        self._flush()
-        self._merge(other.count, other._mean, other._scatter)
-
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean [D] and unbiased covariance [D, D].
 
@@ -55,17 +49,12 @@ class Moments:
             for start in range(0, len(block), 8 * _BLOCK):
                 part = block[start : start + 8 * _BLOCK]
                 mean = part.mean(axis=0)
+                total, shift = self.count + len(part), mean - self._mean
                 part = part - mean
-                self._merge(len(part), mean, part.T @ part)
-
-    def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        if not count:
-            return
-        total, shift = self.count + count, mean - self._mean
-        self._mean = self._mean + shift * (count / total)
-        self._scatter += scatter
-        self._scatter += np.outer(shift, shift * (self.count * count / total))
-        self.count = total
+                self._mean = self._mean + shift * (len(part) / total)
+                self._scatter += part.T @ part
+                self._scatter += np.outer(shift, shift * (self.count * len(part) / total))
+                self.count = total
 
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
