@@ -135,15 +135,11 @@ class Checkpoints:
         """Wait, and give the background threads back."""
         self._manager.close()
 
-    def meta(self, step: int) -> dict[str, Any]:
-        """The JSON part of one checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-
     def latest_meta(self) -> dict[str, Any] | None:
         """The JSON part of the newest checkpoint whose part can be read; None if there is none."""
         for step in reversed(self.steps()):
             try:
-                return self.meta(step)
+                return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             except Exception as error:  # Orbax, TensorStore and JSON each have their own
                 log.warning("The checkpoint of step %d cannot be read: %s", step, error)
         return None

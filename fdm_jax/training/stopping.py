@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import threading
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -100,7 +99,7 @@ def _watch_maintenance(ended: threading.Event) -> None:
                 request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
                 with urllib.request.urlopen(request, timeout=5) as answer:
                     event = answer.read().decode().strip()
-            except (OSError, urllib.error.URLError) as error:
+            except OSError as error:  # urllib's own are of it
                 failures += 1
                 if failures == 3:
                     log.warning(
