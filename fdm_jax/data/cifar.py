@@ -10,7 +10,7 @@ import io
 import pickle
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,10 @@ def read_cifar10(path: Path) -> RawData:
         pixels, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
         images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         splits[split] = ArraySplit(np.ascontiguousarray(images), labels)
-    return RawData(splits, 32, 3, 10, CLASS_NAMES, checksum)
+    return RawData(splits, 32, 3, 10, CLASS_NAMES, lambda: checksum)
 
 
-def _from_folder(path: Path, wanted: set[str]) -> tuple[dict[str, bytes], Callable[[], str]]:
+def _from_folder(path: Path, wanted: set[str]) -> tuple[dict[str, bytes], str]:
     inner = [path / name for name in ("cifar-10-batches-py", "cifar-10-batches-bin") if (path / name).is_dir()]
     found = {}
     try:
@@ -61,11 +61,11 @@ def _from_folder(path: Path, wanted: set[str]) -> tuple[dict[str, bytes], Callab
                 found[name] = file.read_bytes()
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
-    digest = hashlib.sha256(b"".join(hashlib.sha256(found[name]).digest() for name in sorted(found))).hexdigest()
-    return found, lambda: digest
+    digests = b"".join(hashlib.sha256(found[name]).digest() for name in sorted(found))
+    return found, hashlib.sha256(digests).hexdigest()
 
 
-def _from_tar(path: Path, wanted: set[str]) -> tuple[dict[str, bytes], Callable[[], str]]:
+def _from_tar(path: Path, wanted: set[str]) -> tuple[dict[str, bytes], str]:
     found = {}
     try:
         with tarfile.open(path) as tar:
@@ -87,7 +87,7 @@ def _from_tar(path: Path, wanted: set[str]) -> tuple[dict[str, bytes], Callable[
             f"{path} cannot be read to its end ({reason.splitlines()[0]}): it is cut short, damaged or no tar file; "
             "copy it again from where you have it."
         ) from error
-    return found, lambda: digest
+    return found, digest
 
 
 def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:

@@ -49,7 +49,7 @@ def find_labels(archive: Archive, files: Sequence[str], images: Sequence[str], k
     if kind == "none":
         return None
     if kind == "json" or (kind != "folders" and LABELS_FILE in files):
-        if kind != "json" and _read_json(archive).get("labels", 0) is None:
+        if kind != "json" and _read_json(archive)["labels"] is None:
             return None
         return read_labels(archive, files, images)
     if kind == "edm":
@@ -124,14 +124,12 @@ def _read_json(archive: Archive) -> dict[str, Any]:
         content = json.loads(archive.read(LABELS_FILE))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError included
         raise UserError(f"{where} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or "labels" not in content:
         raise UserError(f'{where} has no "labels": it should read {{"labels": [[file name, class], ...]}}.')
     return content
 
 
 def _pairs(content: dict[str, Any], where: str) -> list[object]:
-    if "labels" not in content:
-        raise UserError(f'{where} has no "labels": it should read {{"labels": [[file name, class], ...]}}.')
     if content["labels"] is None:
         raise NoLabelsError(f'{where} holds "labels": null, so there are no labels: add them, {_WITHOUT}')
     if not isinstance(content["labels"], list):

@@ -83,7 +83,8 @@ class PreparedSource(Source):
             raise
         except Exception as error:  # TFDS raises KeyError, ValueError and AssertionError of its own
             if split not in info.splits and not any(c in split for c in "+["):
-                raise UserError(f"{info.name} has no split {split!r}: choose one of {_splits(info)}.") from error
+                known = ", ".join([*info.splits, "all"])
+                raise UserError(f"{info.name} has no split {split!r}: choose one of {known}.") from error
             raise UserError(f"the split {split!r} of {info.name} cannot be had ({error}).") from error
         names = tuple(label.names) if label is not None else ()
         self.spec = DataSpec(
@@ -136,10 +137,6 @@ class PreparedSource(Source):
         except Exception as error:  # whatever TFDS and array_record make of missing or damaged files
             raise damaged(self._folder, error) from error
         return {"image": images, "label": labels}
-
-
-def _splits(info: Any) -> str:
-    return ", ".join([*info.splits, "all"])
 
 
 def damaged(folder: Path, error: Exception) -> UserError:
