@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.generate import parse_seeds
 from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.sampling import (
@@ -176,20 +177,13 @@ def make_edit(
 def _check(args: argparse.Namespace) -> None:
     if args.out.suffix != ".png":
         raise UserError(f"--out must end in .png, and is {args.out}.")
-    for name in ("batch", "steps", "nfe"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be 1 or more, and is {value}.")
+    need_positive(args, "batch", "steps", "nfe", "resample")
     if args.frames < 2:
         raise UserError(f"--frames must be 2 or more, and is {args.frames}.")
     if (args.image is None) != (args.action == "interpolate"):
         raise UserError("--image is not for interpolate." if args.image else f"{args.action} needs an --image.")
-    if args.resample < 1 or (args.resample > 1 and args.action != "inpaint"):
-        raise UserError(
-            f"--resample must be 1 or more, and is {args.resample}."
-            if args.resample < 1
-            else f"--resample is for inpaint, not for {args.action}."
-        )
+    if args.resample > 1 and args.action != "inpaint":
+        raise UserError(f"--resample is for inpaint, not for {args.action}.")
     if (args.mask is None) == (args.action == "inpaint"):
         raise UserError(
             "inpaint needs a --mask." if args.mask is None else f"--mask is for inpaint, not for {args.action}."
