@@ -6,6 +6,7 @@ these functions with the same arguments, as it runs the same programs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -44,6 +45,18 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(place, tree)
+
+
+def in_batches(size: int, *arrays: np.ndarray) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Rows of arrays [N, ...] in batches of one size, so that programs are compiled once.
+
+    Yields:
+      How many rows are new, and [size, ...] of each array, where the last batch is filled up with the last row.
+    """
+    for start in range(0, len(arrays[0]), size):
+        parts = [array[start : start + size] for array in arrays]
+        rows = len(parts[0])
+        yield rows, [np.pad(part, [(0, size - rows)] + [(0, 0)] * (part.ndim - 1), mode="edge") for part in parts]
 
 
 def one_copy_per_process(tree: Any) -> Any:

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     from fdm_jax.cli.record import Record
     from fdm_jax.cli.sampling import load_model
-    from fdm_jax.devices import make_mesh
+    from fdm_jax.devices import in_batches, make_mesh
     from fdm_jax.experiment import open_data
     from fdm_jax.progress import Progress
     from fdm_jax.sampling.grids import check_range, sampling_range
@@ -91,17 +91,17 @@ def run(args: argparse.Namespace) -> int:
     if len(missing):
         mesh = make_mesh()
         bits = compile_bits(experiment, span, args, mesh)
-        progress = Progress(num, num - len(missing))
+        done = num - len(missing)
+        progress = Progress(num, done)
         size = -(-min(args.batch, len(missing)) // mesh.size) * mesh.size
-        for start in range(0, len(missing), size):
-            indices = missing[start : start + size]
-            batch = source.read(np.pad(indices, (0, size - len(indices)), mode="edge"))
-            values, steps = bits(model.variables, batch, np.pad(indices, (0, size - len(indices)), mode="edge"))
+        for count, (indices,) in in_batches(size, missing):
+            values, steps = bits(model.variables, source.read(indices), indices)
             record.add(*(
                 {"index": int(i), "bits_per_dim": float(value), "ode_steps": int(steps)}
-                for i, value in zip(indices, values, strict=False)
+                for i, value in zip(indices[:count], values[:count], strict=True)
             ))  # fmt: skip
-            progress.count(num - len(missing) + start + len(indices))
+            done += count
+            progress.count(done)
         progress.close()
     # By index: of two commands at once, each may have written an image's row.
     values = np.array(list({row["index"]: row["bits_per_dim"] for row in record.rows if row["index"] < num}.values()))

@@ -171,9 +171,8 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
       UserError: the solver does not get there.
     """
     import jax
-    import jax.numpy as jnp
 
-    from fdm_jax.devices import make_mesh, replicated, sharded
+    from fdm_jax.devices import in_batches, make_mesh, replicated, sharded
     from fdm_jax.sampling.flow import reference_samples
     from fdm_jax.sampling.generate import make_model_denoiser
     from fdm_jax.sampling.grids import check_range, sampling_range
@@ -201,22 +200,15 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
     jitted = jax.jit(solve, in_shardings=(whole, rows, rows), out_shardings=(rows, whole))
     labels, parts = choose_labels(args.label, seeds, experiment.num_classes), []
     size = -(-min(args.batch, len(seeds)) // mesh.size) * mesh.size
-    for start in range(0, len(seeds), size):
-        fill = (0, max(size - len(seeds[start : start + size]), 0))
-        x, ok = jitted(
-            variables,
-            jnp.asarray(np.pad(seeds[start : start + size], fill, mode="edge")),
-            jnp.asarray(np.pad(labels[start : start + size], fill, mode="edge")),
-        )
+    for count, batch in in_batches(size, seeds, labels):
+        x, ok = jitted(variables, *batch)
         if not ok:
             raise UserError(
                 f"The ODE could not be solved with a tolerance of {args.tolerance}: give a larger --tolerance."
             )
-        parts.append(np.asarray(x))
-        print(
-            f"the ODE's solution: {min(start + size, len(seeds))} of {len(seeds)} images", file=sys.stderr, flush=True
-        )
-    solution = np.concatenate(parts)[: len(seeds)]
+        parts.append(np.asarray(x)[:count])
+        print(f"the ODE's solution: {sum(map(len, parts))} of {len(seeds)} images", file=sys.stderr, flush=True)
+    solution = np.concatenate(parts)
     temporary = args.out / ".reference.part.npy"
     np.save(temporary, solution)
     temporary.replace(file)

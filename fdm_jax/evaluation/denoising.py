@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from fdm_jax.devices import fetch, put
+from fdm_jax.devices import fetch, in_batches, put
 
 
 class DenoisingError:
@@ -70,15 +70,12 @@ class DenoisingError:
         """Errors [len(sigma)], where each image has so many noise levels in a row."""
         if noise is None:
             noise = rng.standard_normal((len(sigma), *self._images.shape[1:]), dtype=np.float32)
-        times, size = len(sigma) // len(self._images), self._batch_size
+        times = len(sigma) // len(self._images)
         images, labels = np.repeat(self._images, times, axis=0), np.repeat(self._labels, times)
         parts = []
-        for start in range(0, len(sigma), size):
-            part = [a[start : start + size] for a in (images, noise, sigma, labels)]
-            n = len(part[0])
-            padded = [np.pad(a, [(0, size - n)] + [(0, 0)] * (a.ndim - 1), mode="edge") for a in part]
-            placed = padded if self._rows is None else put(padded, self._rows)
-            parts.append(fetch(self._errors(variables, *placed)).astype(np.float64)[:n])
+        for rows, part in in_batches(self._batch_size, images, noise, sigma, labels):
+            placed = part if self._rows is None else put(part, self._rows)
+            parts.append(fetch(self._errors(variables, *placed)).astype(np.float64)[:rows])
         return np.concatenate(parts)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdm_jax.devices import fetch, put, replicated, sharded
+from fdm_jax.devices import fetch, in_batches, put, replicated, sharded
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.evaluation.weights import sha256
 
@@ -119,11 +119,9 @@ class FeatureMaker:
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """uint8 [N, H, W, C] -> features float32 [N, D], and logits [N, K] if the extractor has them."""
         features, logits = [], []
-        for start in range(0, len(images), self.batch_size):
-            part = images[start : start + self.batch_size]
-            fill = [(0, self.batch_size - len(part))] + [(0, 0)] * (images.ndim - 1)
-            of_part, logits_of_part = self._apply(self._variables, put(np.pad(part, fill, mode="edge"), self._rows))
-            features.append(fetch(of_part).astype(np.float32)[: len(part)])
+        for rows, (part,) in in_batches(self.batch_size, images):
+            of_part, logits_of_part = self._apply(self._variables, put(part, self._rows))
+            features.append(fetch(of_part).astype(np.float32)[:rows])
             if logits_of_part is not None:
-                logits.append(fetch(logits_of_part).astype(np.float32)[: len(part)])
+                logits.append(fetch(logits_of_part).astype(np.float32)[:rows])
         return np.concatenate(features), np.concatenate(logits) if logits else None
