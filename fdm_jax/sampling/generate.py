@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdm_jax.denoiser import DenoiseFn, make_denoise_fn
-from fdm_jax.devices import fetch, put, replicated, sharded
+from fdm_jax.devices import fetch, in_batches, put, replicated, sharded
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.families import Family
 from fdm_jax.sampling.edm import Churn
@@ -172,12 +172,10 @@ class BatchedGenerator:
           NotFinite: images that were to be uint8 are not finite.
         """
         variables = put(variables, self._whole)
-        for start in range(0, len(seeds), self.batch_size):
-            rows = slice(start, min(start + self.batch_size, len(seeds)))
-            fill = (0, self.batch_size - (rows.stop - rows.start))
-            part = (seeds[rows].astype(np.uint32), labels[rows].astype(np.int32))
-            padded = put(tuple(np.pad(a, fill, mode="edge") for a in part), self._rows)
-            images, finite = (fetch(a)[: rows.stop - rows.start] for a in self._generate(variables, *padded))
+        start = 0
+        for count, part in in_batches(self.batch_size, seeds.astype(np.uint32), labels.astype(np.int32)):
+            images, finite = (fetch(a)[:count] for a in self._generate(variables, *put(part, self._rows)))
             if self._quantise:
-                check_finite(seeds[rows], finite)
-            yield rows, images
+                check_finite(part[0][:count], finite)
+            yield slice(start, start + count), images
+            start += count
