@@ -88,7 +88,6 @@ def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
     import jax
     from tqdm import tqdm
 
-    from fdm_jax import pictures
     from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
 
@@ -116,7 +115,7 @@ def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
                     bar.update(min(len(images) * jax.process_count(), len(seeds) - bar.n))  # the others are as far
     wait_for_all("all images are there")
     if first:
-        out.finish(seeds, labels, args.columns or int(np.ceil(np.sqrt(len(seeds)))), pictures)
+        out.finish(seeds, labels, args.columns or int(np.ceil(np.sqrt(len(seeds)))))
         print(
             f"{len(seeds):,} images in {args.out} (checkpoint of step {model.checkpoint:,}, {args.solver}, "
             f"{sampler.nfe} NFE)."
@@ -182,14 +181,16 @@ class _Output:
             image = np.asarray(Image.open(self._file(int(seed))))
             yield image if image.ndim == 3 else image[..., None]
 
-    def finish(self, seeds: np.ndarray, labels: np.ndarray, columns: int, pictures: Any) -> None:
+    def finish(self, seeds: np.ndarray, labels: np.ndarray, columns: int) -> None:
         """Make the one file that was asked for, if it is one."""
+        from fdm_jax.pictures import image_grid, save_png
+
         if self.folder == self.path:
             return
         images = np.stack(list(self._images(seeds)))
         if self.path.suffix == ".png":
             scale = max(1, 32 // images.shape[1])
-            pictures.save_png(pictures.image_grid(images, columns, scale=scale), self.path)
+            save_png(image_grid(images, columns, scale=scale), self.path)
         else:
             temporary = self.folder / "all.npz"
             np.savez(temporary, image=images, seed=seeds, label=labels)
