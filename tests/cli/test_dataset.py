@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import tiny
+from data.conftest import Archives
 from encoded import png
 
 from fdm_jax.cli.main import main
@@ -109,15 +110,7 @@ def test_labels_that_are_not_right_are_not_left_out_in_silence(archives_zip, tmp
 
 @pytest.fixture
 def archives_zip(tmp_path):
-    import zipfile
-
-    def write(files):
-        with zipfile.ZipFile(tmp_path / "a.zip", "w") as out:
-            for name, data in files.items():
-                out.writestr(name, data)
-        return tmp_path / "a.zip"
-
-    return write
+    return Archives(tmp_path).zip
 
 
 def test_bad_pictures_are_counted(photos, tmp_path, capsys):

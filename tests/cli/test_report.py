@@ -97,6 +97,7 @@ class Page(html.parser.HTMLParser):
         self.close()
         assert not self.open
         self.words = " ".join(" ".join(self.text).split())
+        self.rows = [[" ".join(cell.split()) for cell in row] for row in self.rows]
 
     def handle_starttag(self, tag, attrs):
         self.attributes += attrs
@@ -121,8 +122,7 @@ class Page(html.parser.HTMLParser):
 
     def row(self, *starts):
         """The row whose first cells are these."""
-        cells = [[" ".join(cell.split()) for cell in row] for row in self.rows]
-        return next(row for row in cells if row[: len(starts)] == list(starts))
+        return next(row for row in self.rows if row[: len(starts)] == list(starts))
 
     def plots(self):
         return [image["alt"] for image in self.images if image.get("class") == "plot"]
@@ -336,8 +336,8 @@ def test_sweeps(report, tmp_path):
     title = "By solver and number of function evaluations (NFE)"
     assert page.plots().count(title) == 1
     assert page.row("a", "unipc-2", "5")[3:] == ["0.0400 ± 0.0010", "20"]
-    assert sum(row[:3] == ["a", "heun", "9"] for row in map(stripped, page.rows)) == 1
-    assert sorted(stripped(row)[4] for row in page.rows if stripped(row)[:3] == ["b", "heun", "5"]) == ["20", "–"]
+    assert sum(row[:3] == ["a", "heun", "9"] for row in page.rows) == 1
+    assert sorted(row[4] for row in page.rows if row[:3] == ["b", "heun", "5"]) == ["20", "–"]
     assert "Fréchet distance (pixels), 50 images" in page.words and "FID" not in page.words
 
 
@@ -345,16 +345,12 @@ def test_sweeps_of_one_run_are_told_apart(report, tmp_path):
     run = write_run(tmp_path / "run")
     write_sweep(run / "sweep-a", run, guidance=None, checkpoint=60)
     write_sweep(run / "sweep-b", run, guidance=2.0)
-    solvers = {stripped(row)[1] for row in report(run).rows if stripped(row)[2:3] == ["9"]}
+    solvers = {row[1] for row in report(run).rows if row[2:3] == ["9"]}
     assert solvers == {
         f"{solver}, {settings}"
         for solver in ("heun", "unipc-2")
         for settings in ("step 60, guidance None", "step 120, guidance 2.0")
     }
-
-
-def stripped(row):
-    return [" ".join(cell.split()) for cell in row]
 
 
 def test_a_configuration_of_another_version(report, tmp_path):
