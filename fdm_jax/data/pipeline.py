@@ -58,16 +58,16 @@ class _Reader:
     """Reads this process's rows of global batch k; made anew by pickle in a worker process."""
 
     def __init__(self, source: Source, seed: int, batch_size: int, rows: range):
-        self._source, self._seed, self._batch_size, self._rows = source, seed, batch_size, rows
+        self.source, self.seed, self.batch_size, self._rows = source, seed, batch_size, rows
         self.order = _Order(len(source), seed)
 
     def __reduce__(self) -> tuple[type[_Reader], tuple[Source, int, int, range]]:
-        return _Reader, (self._source, self._seed, self._batch_size, self._rows)
+        return _Reader, (self.source, self.seed, self.batch_size, self._rows)
 
     def __call__(self, k: int) -> dict[str, np.ndarray]:
-        start = k * self._batch_size
+        start = k * self.batch_size
         indices = self.order.places(start + self._rows.start, start + self._rows.stop)
-        return {**self._source.read(indices), "index": np.array(self._rows, np.int32)}
+        return {**self.source.read(indices), "index": np.array(self._rows, np.int32)}
 
 
 class _Workers(Iterator[dict[str, np.ndarray]]):
@@ -138,26 +138,9 @@ class Batches(Iterator[dict[str, np.ndarray]]):
       batches: how many global batches were delivered so far.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        batch_size: int,
-        seed: int,
-        process_index: int,
-        process_count: int,
-        num_threads: int,
-        num_workers: int,
-        prefetch: int,
-    ):
-        self.batch_size = batch_size
-        self.batches = 0
-        self._num_images, self._seed = len(source), int(seed)
-        rows = batch_size // process_count
-        ours = range(process_index * rows, (process_index + 1) * rows)  # of each global batch
-        self._read = _Reader(source, self._seed, batch_size, ours)
-        self._read_options = grain.ReadOptions(min(num_threads, prefetch), prefetch)
-        self._num_workers = num_workers
+    def __init__(self, read: _Reader, read_options: grain.ReadOptions, num_workers: int):
+        self.batch_size, self.batches = read.batch_size, 0
+        self._read, self._read_options, self._num_workers = read, read_options, num_workers
         self._running: Any = None  # an iterator with close()
 
     def _start(self) -> Any:
@@ -194,8 +177,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         return {
             "batches": batches,
             "batch_size": self.batch_size,
-            "seed": self._seed,
-            "num_images": self._num_images,
+            "seed": self._read.seed,
+            "num_images": len(self._read.source),
             "next_image": self._next_image(batches),
         }
 
@@ -272,13 +255,7 @@ def make_batches(
         raise UserError(
             f"num_threads={num_threads} must be at least 1, num_workers={num_workers} and prefetch={prefetch} at least 0."
         )
-    return Batches(
-        source,
-        batch_size=batch_size,
-        seed=seed,
-        process_index=process_index,
-        process_count=process_count,
-        num_threads=num_threads,
-        num_workers=num_workers,
-        prefetch=prefetch,
-    )
+    rows = batch_size // process_count
+    ours = range(process_index * rows, (process_index + 1) * rows)  # of each global batch
+    read = _Reader(source, int(seed), batch_size, ours)
+    return Batches(read, grain.ReadOptions(min(num_threads, prefetch), prefetch), num_workers)
