@@ -249,8 +249,8 @@ def choose_labels(label: int | None, seeds: np.ndarray, classes: int) -> np.ndar
     if label is not None and not 0 <= label < classes:
         right = f"from 0 to {classes - 1}" if classes else "left out, since this model knows no classes"
         raise UserError(f"--class must be {right}, and is {label}.")
-    if label is not None or not classes:
-        return np.full(len(seeds), -1 if label is None else label, np.int32)
+    if label is not None:
+        return np.full(len(seeds), label, np.int32)
     return np.asarray(draws.labels(jnp.asarray(seeds), classes))
 
 

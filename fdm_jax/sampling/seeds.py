@@ -24,7 +24,9 @@ def latents(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def labels(seeds: jax.Array, num_classes: int) -> jax.Array:
-    """A class for each seed, int32 [B], uniform over the classes."""
+    """A class for each seed, int32 [B], uniform over the classes; -1 for "no class" where there are none."""
+    if not num_classes:
+        return jnp.full(len(seeds), -1, jnp.int32)
     return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes, jnp.int32))(_keys(seeds, _LABEL))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -108,9 +109,7 @@ def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Callable[[], 
 
     def measure(variables: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
         seeds, counted = np.arange(config.num_images, dtype=np.uint32), Moments(extractor.width)
-        labels = np.full(len(seeds), -1, np.int32)
-        if experiment.num_classes:
-            labels = np.asarray(draws.labels(jax.numpy.asarray(seeds), experiment.num_classes))
+        labels = np.asarray(draws.labels(jnp.asarray(seeds), experiment.num_classes))
         try:
             for _, images in generator(variables, seeds, labels):
                 counted.add(maker(images)[0])
