@@ -173,18 +173,10 @@ def _evaluate(args: argparse.Namespace) -> int:
 def open_reference(
     path: Path, kind: str | None, weights: Path | None, shape: tuple[int, int, int]
 ) -> tuple[Reference, Extractor]:
-    """Statistics, and the extractor that goes with them.
+    """The same as :func:`~fdm_jax.evaluation.references.open_with_extractor`; says if they are of another resolution."""
+    from fdm_jax.evaluation.references import open_with_extractor
 
-    Raises:
-      UserError: one of them is not what it should be, or they do not fit each other.
-    """
-    from fdm_jax.data.staging import local_copy
-    from fdm_jax.evaluation.extractors import open_extractor
-    from fdm_jax.evaluation.references import check_fits, load_reference
-
-    reference, weights = load_reference(local_copy(path)), weights and local_copy(weights)
-    extractor = open_extractor(kind or reference.description.get("extractor", "inception"), weights, shape)
-    check_fits(reference, extractor, path)
+    reference, extractor = open_with_extractor(path, kind, weights, shape)
     known = reference.description.get("resolution", shape[0])
     if known != shape[0]:
         print(

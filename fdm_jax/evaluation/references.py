@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from fdm_jax.data.staging import local_copy
 from fdm_jax.errors import UserError
-from fdm_jax.evaluation.extractors import Extractor
+from fdm_jax.evaluation.extractors import Extractor, open_extractor
 from fdm_jax.evaluation.weights import sha256
 from fdm_jax.whole_files import save_npz
 
@@ -83,6 +84,25 @@ def load_reference(path: Path) -> Reference:
             f"{list(features.shape)}."
         )
     return Reference(mu, sigma, features, description, sha256(path))
+
+
+def open_with_extractor(
+    path: Path, kind: str | None, weights: Path | None, image_shape: tuple[int, int, int]
+) -> tuple[Reference, Extractor]:
+    """Statistics, and the extractor that goes with them; files may be on gs://.
+
+    Args:
+      path: of the statistics.
+      kind, weights, image_shape: see :func:`~fdm_jax.evaluation.extractors.open_extractor`; without a kind the one that
+        the statistics were made with, else inception.
+
+    Raises:
+      UserError: one of them is not what it should be, or they do not fit each other.
+    """
+    reference, weights = load_reference(local_copy(path)), weights and local_copy(weights)
+    extractor = open_extractor(kind or reference.description.get("extractor", "inception"), weights, image_shape)
+    check_fits(reference, extractor, path)
+    return reference, extractor
 
 
 def check_fits(reference: Reference, extractor: Extractor, path: Path | str) -> None:

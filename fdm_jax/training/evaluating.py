@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fdm_jax.data.staging import local_copy
 from fdm_jax.devices import sharded
 from fdm_jax.errors import UserError
 from fdm_jax.evaluation.denoising import DenoisingError
-from fdm_jax.evaluation.extractors import FeatureMaker, open_extractor
+from fdm_jax.evaluation.extractors import FeatureMaker
 from fdm_jax.evaluation.frechet import frechet_distance
 from fdm_jax.evaluation.moments import Moments
-from fdm_jax.evaluation.references import check_fits, load_reference
+from fdm_jax.evaluation.references import open_with_extractor
 from fdm_jax.experiment import Experiment, open_data
 from fdm_jax.sampling import seeds as draws
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite, make_generate_fn, make_model_denoiser
@@ -93,12 +92,9 @@ def _held_out(experiment: Experiment, mesh: Mesh) -> DenoisingError:
 
 
 def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Callable[[], bool]], dict[str, float] | None]:
-    config, path = experiment.config.eval, place(experiment.config.eval.ref)
-    reference = load_reference(local_copy(path))
-    kind = config.extractor or reference.description.get("extractor", "inception")
-    weights = local_copy(place(config.weights)) if config.weights else None
-    extractor = open_extractor(kind, weights, experiment.image_shape)
-    check_fits(reference, extractor, path)
+    config = experiment.config.eval
+    weights = place(config.weights) if config.weights else None
+    reference, extractor = open_with_extractor(place(config.ref), config.extractor, weights, experiment.image_shape)
     generate = make_generate_fn(
         experiment.network, experiment.family, experiment.image_shape, experiment.num_classes,
         steps=experiment.config.samples.steps,
