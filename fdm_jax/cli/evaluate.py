@@ -213,10 +213,10 @@ def versions() -> dict[str, str]:
 # --- fdm evaluate ref, fit-classifier, convert-inception ---
 
 
-def _open_data(args: argparse.Namespace, split: str, use_labels: bool) -> Source:
+def _open_data(args: argparse.Namespace, use_labels: bool) -> Source:
     from fdm_jax.data.opening import open_source
 
-    return open_source(args.data, split=split, data_dir=args.data_dir, use_labels=use_labels, cache_mb=0)
+    return open_source(args.data, split=args.split, data_dir=args.data_dir, use_labels=use_labels, cache_mb=0)
 
 
 def make_reference(args: argparse.Namespace) -> int:
@@ -230,7 +230,7 @@ def make_reference(args: argparse.Namespace) -> int:
 
     if args.out.suffix != ".npz":
         raise UserError(f"--out must end in .npz, and is {args.out}.")
-    source = _open_data(args, args.split, use_labels=False)
+    source = _open_data(args, use_labels=False)
     spec, num = source.spec, args.num or len(source)
     if num > len(source):
         raise UserError(f"{spec.name} holds {len(source):,} images, and --num asks for {num:,}.")
@@ -266,7 +266,7 @@ def fit_classifier(args: argparse.Namespace) -> int:
 
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed must be from 0 to 2^31 - 1, and is {args.seed}.")
-    source = _open_data(args, args.split, use_labels=True)
+    source = _open_data(args, use_labels=True)
     batch = source.read(np.arange(len(source)))
     order = np.random.default_rng(args.seed).permutation(len(source))
     held, rest = np.split(order, [max(len(order) // 10, 1)])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.generate import parse_seeds
 from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.sampling import (
@@ -76,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax.sampling.generate import NotFinite
 
     seeds, cases = parse_seeds(args.seeds), choose_cases(args)
-    for name in ("batch", "num"):
-        if getattr(args, name) < (2 if name == "num" else 1):
-            raise UserError(f"--{name} is {getattr(args, name)}, which is too few.")
+    need_positive(args, "batch")
+    if args.num < 2:
+        raise UserError(f"--num is {args.num}, which is too few.")
     check_tolerance(args.tolerance)
     model = load_with_guide(args)
     judge = None
