@@ -197,7 +197,7 @@ def test_bad_arguments(options, words):
 
 
 def test_three_epochs_with_five_stops_lose_and_repeat_nothing():
-    """Every index three times, whoever reads: 1, 2 or 4 processes, threads or worker processes, stopped anywhere."""
+    """Every index three times, stopped anywhere."""
     rng = np.random.RandomState(0)
     stops = np.sort(rng.choice(np.arange(1, 3 * N), 5, replace=False))  # batches of 1 at first, to stop anywhere
     data, seen = batches(batch_size=1), []
