@@ -331,28 +331,20 @@ def _report(
     what: str, case: Case, flops: int, program: Program, seconds: list[float], peak_before: int | None
 ) -> dict[str, Any]:
     """One measurement; ``flops`` are per image, ``seconds`` per batch."""
-    import jax
-    import jax.numpy as jnp
-
     from fdm_jax.accounting import parameter_count
 
-    network, batch, devices = case.network, case.spec.batch_size, jax.device_count()
-    rates = [batch / s for s in seconds]
+    network, described = case.network, describe(case.name, case.network, case.spec)
+    rates = [case.spec.batch_size / s for s in seconds]
     rate = statistics.median(rates)
     memory = program.compiled.memory_analysis()
     peak = _peak(memory, peak_before, _peak_bytes())
-    matmul = devices * matmul_tflops(network.dtype)
+    matmul = described["devices"] * matmul_tflops(network.dtype)
     return {
         "what": what,
-        "name": case.name,
+        **described,
         "network": f"{network.preset} {network.model_channels}x{tuple(network.channel_mult)}",
         "parameters": parameter_count(network, case.image_shape),
         "image": list(case.image_shape),
-        "dtype": jnp.dtype(network.dtype).name,
-        "batch_size": batch,
-        "devices": devices,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
         "compile_seconds": round(program.compile_seconds, 2),
         "images_per_second": _digits(rate),
         "images_per_second_range": [_digits(min(rates)), _digits(max(rates))],
@@ -363,6 +355,21 @@ def _report(
         "temporary_mib": _digits(memory.temp_size_in_bytes / 2**20) if memory else None,
         **peak,
         "remat": list(network.remat),
+    }
+
+
+def describe(name: str, network: SongUNet, spec: TrainSpec) -> dict[str, Any]:
+    """What was measured, and on what."""
+    import jax
+    import jax.numpy as jnp
+
+    return {
+        "name": name,
+        "batch_size": spec.batch_size,
+        "dtype": jnp.dtype(network.dtype).name,
+        "devices": jax.device_count(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
     }
 
 

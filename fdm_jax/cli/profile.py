@@ -112,6 +112,8 @@ def sample(args: argparse.Namespace) -> Traced:
 def _traced(case: Case, program: Program, args: argparse.Namespace) -> Traced:
     import jax
 
+    from fdm_jax.cli.bench import describe
+
     for _ in range(2):  # the first call sets up what later ones find
         jax.block_until_ready(program.call())
     steps = args.steps or 5
@@ -130,6 +132,7 @@ def loop(args: argparse.Namespace) -> Traced:
     import jax
 
     from fdm_jax.ahead import lower_step
+    from fdm_jax.cli.bench import describe
     from fdm_jax.cli.config import load
     from fdm_jax.experiment import Experiment, open_data
     from fdm_jax.training.loop import PROGRAMS_IN_FLIGHT, train
@@ -183,21 +186,6 @@ def parameter_shapes(network: SongUNet, spec: TrainSpec, image_shape: tuple[int,
     from fdm_jax.training.step import init_state
 
     return jax.eval_shape(lambda: init_state(network, spec, image_shape)).params
-
-
-def describe(name: str, network: SongUNet, spec: TrainSpec) -> dict[str, Any]:
-    """What was measured, and on what."""
-    import jax
-    import jax.numpy as jnp
-
-    return {
-        "name": name,
-        "batch_size": spec.batch_size,
-        "dtype": jnp.dtype(network.dtype).name,
-        "devices": jax.device_count(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-    }
 
 
 @contextlib.contextmanager
