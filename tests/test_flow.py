@@ -108,6 +108,12 @@ def test_hutchinsons_estimate_is_right_on_average():
     assert abs(estimates.mean() - exact[0]) < 3 * estimates.std() / 20 + 5e-3
 
 
+def test_a_probe_of_another_precision_than_the_images():
+    with enable_x64():
+        D, trace = hutchinson(jnp.ones((1, 4), jnp.float32))(lambda x: 3 * x, jnp.ones((1, 4), jnp.float64))
+        assert D.dtype == jnp.float64 and float(trace[0]) == 12
+
+
 def test_bits_per_dimension_of_a_uniform_density_are_eight():
     """On 256 bins of 1/127.5, that is of [-1 - 1/255, 1 + 1/255]."""
     log_p = -12 * np.log(256 / 127.5)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, nhwc
+from conftest import GOLDEN, enable_x64, nhwc
 
 from fdm_jax.errors import UserError
 from fdm_jax.interop.state_dict import from_torch
@@ -291,6 +291,20 @@ def test_dropout_is_unbiased():
         slices = np.moveaxis(kept, axis, 0).reshape(shape[axis], -1)
         scores = (slices.mean(axis=1) - (1 - rate)) / (sd / np.sqrt(slices.shape[1]))
         assert abs(scores).max() < 4 and 0.5 < scores.std() < 1.5
+
+
+def test_dropout_is_the_same_in_double_precision(tiny_network):
+    network, variables = tiny_network
+    params = jax.tree.map(lambda p: p + 0.05, variables)
+    keys, x = jax.random.split(jax.random.key(1), 4), np.ones((4, 8, 8, 1), np.float32)
+
+    def output():
+        apply = jax.jit(network.apply)
+        return np.asarray(apply(params, x, np.ones(4), np.eye(3)[[0, 1, 2, 0]], dropout_keys=keys))
+
+    single = output()
+    with enable_x64():
+        np.testing.assert_allclose(output(), single, rtol=1e-3)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.13, 0.25])

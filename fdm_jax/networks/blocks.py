@@ -195,7 +195,8 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
     over devices and accumulation rounds.  The mask is :func:`hashed_bits` below a threshold: jax.random's own bits take
     six times the operations, which is 6 % of a train step on CPUs, and more than that on accelerators.
     """
-    words = jax.vmap(lambda key: jax.random.bits(key, (2,)))(keys)
+    # By name, as the types of the other draws: with x64 on, the default is 64 bits, almost never below the threshold.
+    words = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
     threshold = np.uint32(min(round(rate * 2**32), 2**32 - 1))
     drop = jax.vmap(lambda words: hashed_bits(words, x.shape[1:]))(words) < threshold
     # Scaled in float32: 1 - rate itself, rounded to bfloat16, would be off by up to 0.2 %, in every block alike.

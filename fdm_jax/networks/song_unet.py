@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.networks.blocks import (
@@ -159,7 +160,7 @@ class SongUNet(nn.Module):
                     f"class_labels must be {self.label_dim} wide for this network, and are {class_labels.shape[-1]}."
                 )
             if self.label_dropout > 0 and key is not None:
-                keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - self.label_dropout))(key)
+                keep = jax.vmap(lambda k: jax.random.bernoulli(k, np.float32(1 - self.label_dropout)))(key)
                 class_labels = class_labels * keep[:, None]
             emb = emb + dense(width, "map_label")(class_labels * math.sqrt(self.label_dim))
         if self.augment_dim:

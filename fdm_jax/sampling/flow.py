@@ -105,7 +105,7 @@ def hutchinson(probe: jax.Array) -> TraceFn:
     """trace J ~ e^T J e for a probe e of x's shape, such as random signs: right on average (Hutchinson 1990)."""
 
     def trace(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        D, pushed = jax.jvp(f, (x,), (probe,))
+        D, pushed = jax.jvp(f, (x,), (probe.astype(x.dtype),))
         return D, jnp.sum(probe * pushed, axis=tuple(range(1, x.ndim)))
 
     return trace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Separate streams of one seed.
 _LATENT, _LABEL, _CHURN, _DEQUANTISE, _PROBE = range(5)
@@ -44,9 +45,10 @@ def to_uint8(images: jax.Array) -> jax.Array:
 def dequantise(images: jax.Array, seeds: jax.Array) -> jax.Array:
     """uint8 [B, H, W, C] -> (value - 1/2 + u) / 127.5 - 1 with u uniform in [0, 1), a draw for each seed."""
     u = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], jnp.float32))(_keys(seeds, _DEQUANTISE))
-    return (images - 0.5 + u) / 127.5 - 1
+    return (images - 0.5 + u.astype(float)) / 127.5 - 1
 
 
 def signs(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """-1 or 1, [B, *shape], for Hutchinson's estimate of a trace."""
-    return jax.vmap(lambda key: jax.random.rademacher(key, shape, jnp.float32))(_keys(seeds, _PROBE))
+    """-1 or 1, [B, *shape], for Hutchinson's estimate of a trace; decided in float32, as the draws above."""
+    positive = jax.vmap(lambda key: jax.random.bernoulli(key, np.float32(0.5), shape))(_keys(seeds, _PROBE))
+    return jnp.where(positive, 1.0, -1.0)
