@@ -367,6 +367,7 @@ def test_bfloat16_computes_close_to_float32(tiny_network):
         (dict(resolution=32, channel_mult=()), "channel_mult"),
         (dict(resolution=32, dropout=1.0), "network.dropout"),
         (dict(resolution=32, dtype=jnp.float16), "take bfloat16"),
+        (dict(resolution=32, label_dim=-1), "network.label_dim must be 0 or more, and is -1"),
         (dict(resolution=32, remat=(16, 12)), r"remat names the resolution 12, and the network's are \[32, 16, 8, 4\]"),
         (dict(resolution=32, attention="cuddn"), "network.attention is 'cuddn': did you mean 'cudnn'"),
         (dict(resolution=32, attention="cudnn"), "needs network.dtype = 'bfloat16', and that is 'float32'"),
@@ -425,10 +426,22 @@ def test_rematerialised_network_has_derivatives_forwards(tiny_network):
     np.testing.assert_allclose(push(network.clone(remat=(4, 8))), push(network), rtol=1e-5, atol=1e-9)
 
 
-def test_labels_of_the_wrong_width_are_refused():
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"x": (10, 4, 4, 1)}, r"x must be \[10, 8, 8, 1\] for this network, and is \[10, 4, 4, 1\]"),
+        ({"x": (10, 8, 8, 3)}, r"x must be \[10, 8, 8, 1\]"),
+        ({"c_noise": (1,)}, r"c_noise must be \[10\]"),
+        ({"class_labels": (10, 7)}, r"class_labels must be \[10, 10\] for this network, and is \[10, 7\]"),
+        ({"class_labels": (10,)}, r"class_labels must be \[10, 10\]"),  # not one-hot: it would be broadcast
+        ({"augment_labels": (10, 9)}, r"augment_labels must be \[10, 0\]"),  # they would leak into the samples
+    ],
+)
+def test_inputs_of_another_shape_are_refused(wrong, said):
     network = SongUNet(8, 1, 10, 0, "ddpmpp", 8, (1,), num_blocks=1)
-    with pytest.raises(UserError, match="class_labels must be 10 wide.*are 7"):
-        jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros((1, 7)))
+    shapes = {"x": (10, 8, 8, 1), "c_noise": (10,)} | wrong
+    with pytest.raises(UserError, match=said):
+        jax.eval_shape(network.init, jax.random.key(0), **{name: jnp.zeros(shape) for name, shape in shapes.items()})
 
 
 def test_golden_description_matches_the_constants_above():

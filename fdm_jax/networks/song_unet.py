@@ -88,6 +88,9 @@ class SongUNet(nn.Module):
         for name in ("resolution", "channels", "model_channels", "num_blocks", "channel_mult_emb"):
             if getattr(self, name) < 1:
                 raise UserError(f"network.{name} must be 1 or more, and is {getattr(self, name)}.")
+        for name in ("label_dim", "augment_dim"):
+            if getattr(self, name) < 0:
+                raise UserError(f"network.{name} must be 0 or more, and is {getattr(self, name)}.")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise UserError(f"network.channel_mult must name a factor per level, and is {tuple(self.channel_mult)}.")
         factor = 2 ** (len(self.channel_mult) - 1)
@@ -138,6 +141,20 @@ class SongUNet(nn.Module):
                 widths.add(width)
         return sorted(widths)
 
+    def _check_inputs(
+        self, x: jax.Array, c_noise: jax.Array, class_labels: jax.Array | None, augment_labels: jax.Array | None
+    ) -> None:
+        """Raise a UserError unless the shapes are those of :meth:`__call__`: many others would be broadcast, or ignored."""
+        batch = x.shape[:1]
+        for name, array, shape in (
+            ("x", x, (*batch, self.resolution, self.resolution, self.channels)),
+            ("c_noise", c_noise, batch),
+            ("class_labels", class_labels, (*batch, self.label_dim)),
+            ("augment_labels", augment_labels, (*batch, self.augment_dim)),
+        ):
+            if array is not None and array.shape != shape:
+                raise UserError(f"{name} must be {list(shape)} for this network, and is {list(array.shape)}.")
+
     def _embedding(
         self, c_noise: jax.Array, class_labels: jax.Array | None, augment_labels: jax.Array | None, key: Any
     ) -> jax.Array:
@@ -155,10 +172,6 @@ class SongUNet(nn.Module):
         if self.label_dim:
             if class_labels is None:
                 class_labels = jnp.zeros((c_noise.shape[0], self.label_dim))
-            if class_labels.shape[-1] != self.label_dim:
-                raise UserError(
-                    f"class_labels must be {self.label_dim} wide for this network, and are {class_labels.shape[-1]}."
-                )
             if self.label_dropout > 0 and key is not None:
                 keep = jax.vmap(lambda k: jax.random.bernoulli(k, np.float32(1 - self.label_dropout)))(key)
                 class_labels = class_labels * keep[:, None]
@@ -194,7 +207,11 @@ class SongUNet(nn.Module):
 
         Returns:
           [B, resolution, resolution, channels] in ``dtype``.
+
+        Raises:
+          UserError: an array of another shape.
         """
+        self._check_inputs(x, c_noise, class_labels, augment_labels)
         preset = PRESETS[self.preset]
         rematerialised = nn.remat(UNetBlock)
         taps, levels = preset["resample_filter"], len(self.channel_mult)
