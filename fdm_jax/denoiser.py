@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from fdm_jax.errors import UserError
 from fdm_jax.families import Family
 
 
@@ -19,8 +20,13 @@ class DenoiseFn(Protocol):
         ...
 
 
+def per_example(values: jax.Array, like: jax.Array) -> jax.Array:
+    """One number per example, [B], as [B, 1, ...], which multiplies arrays of ``like``'s rank."""
+    return jnp.expand_dims(values, range(1, like.ndim))
+
+
 def make_denoise_fn(family: Family, network: Callable[..., Any]) -> Callable[..., jax.Array]:
-    """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise, ...), computed in x's own precision around F.
+    """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise, ...), computed in float32 around F (float64 if x is).
 
     Args:
       family: gives the coefficients.
@@ -28,15 +34,20 @@ def make_denoise_fn(family: Family, network: Callable[..., Any]) -> Callable[...
 
     Returns:
       ``denoise(x, sigma, *args, **kwargs)``; sigma is a scalar or [B], further arguments go to the network
-      as they are (class_labels, augment_labels, ...).
+      as they are (class_labels, augment_labels, ...); a UserError is raised if F's result has not x's shape.
     """
 
     def denoise(x: jax.Array, sigma: jax.Array | float, *args: Any, **kwargs: Any) -> jax.Array:
         x = jnp.asarray(x)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
         c = family.coefficients(sigma)
-        c_skip, c_out, c_in = (coefficient[:, None, None, None] for coefficient in (c.c_skip, c.c_out, c.c_in))
+        c_skip, c_out, c_in = (per_example(coefficient, x) for coefficient in (c.c_skip, c.c_out, c.c_in))
         F_x = network(c_in * x, c.c_noise, *args, **kwargs)
+        if F_x.shape != x.shape:
+            raise UserError(
+                f"The network gives {list(F_x.shape)} for images of {list(x.shape)}, and must give the same."
+            )
         return c_skip * x + c_out * F_x.astype(x.dtype)
 
     return denoise

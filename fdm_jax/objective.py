@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fdm_jax.denoiser import DenoiseFn
+from fdm_jax.denoiser import DenoiseFn, per_example
 from fdm_jax.families import Family
 
 
@@ -46,5 +46,5 @@ def denoising_loss(
     Returns:
       [B], summed over pixels and channels.
     """
-    D_x = denoise_fn(images + sigma[:, None, None, None] * noise, sigma)
-    return weight * jnp.sum((D_x - images) ** 2, axis=(1, 2, 3))
+    D_x = denoise_fn(images + per_example(sigma, images) * noise, sigma)
+    return weight * jnp.sum((D_x - images) ** 2, axis=tuple(range(1, images.ndim)))

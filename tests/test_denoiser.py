@@ -9,7 +9,8 @@ import pytest
 from conftest import nhwc
 
 from fdm_jax.denoiser import make_denoise_fn
-from fdm_jax.families import EDM, VE
+from fdm_jax.errors import UserError
+from fdm_jax.families import EDM, VE, VP
 from fdm_jax.interop.state_dict import from_torch
 from fdm_jax.momentum import Momentum
 from fdm_jax.networks import SongUNet
@@ -118,3 +119,30 @@ def test_denoiser_at_zero_noise_is_the_identity(case):
     x = jnp.ones((4, 8, 8, 1))
     width = 10 if "map_label" in variables["params"] else 0
     np.testing.assert_array_equal(apply(variables, x, jnp.zeros(4), jnp.zeros((4, width)), jnp.zeros((4, 9))), x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
+def test_coefficients_are_those_of_float32_whatever_is_given(dtype):
+    """An integer sigma would be 0 here, and VP's c_noise has 8 bits as a bfloat16."""
+    denoise = make_denoise_fn(VP(momentum=Momentum()), lambda x, c_noise: x + c_noise[:, None, None, None])
+    x = jnp.ones((2, 2, 2, 1))
+    for sigma in (0.7, 70.3):
+        np.testing.assert_array_equal(denoise(x.astype(dtype), sigma), denoise(x, sigma))
+
+
+def test_points_are_denoised_as_images_of_one_pixel_are():
+    points, sigma = jnp.asarray([[1.0, -2.0], [0.5, 0.0], [3.0, 4.0]]), jnp.asarray([0.1, 1.0, 9.0])
+    noise, weight = points[::-1], jnp.asarray([1.0, 2.0, 3.0])
+    denoise = make_denoise_fn(CASES["fdm_edm"][0], lambda x, c_noise: jnp.sin(x))
+    as_images = [a[:, None, None, :] for a in (points, noise)]
+    np.testing.assert_allclose(denoise(points, sigma), denoise(as_images[0], sigma)[:, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        denoising_loss(denoise, points, sigma, noise, weight),
+        denoising_loss(denoise, as_images[0], sigma, as_images[1], weight), rtol=1e-6,
+    )  # fmt: skip
+
+
+def test_a_network_that_gives_another_shape_is_refused():
+    """Its result would be broadcast."""
+    with pytest.raises(UserError, match=r"gives \[2, 4, 4, 3\] for images of \[2, 4, 4, 1\]"):
+        make_denoise_fn(EDM(), lambda x, c_noise: jnp.repeat(x, 3, axis=-1))(jnp.ones((2, 4, 4, 1)), 1.0)

@@ -62,11 +62,8 @@ class Guidance:
             sigma = jnp.asarray(sigma)
             if self.lowest == 0 and math.isinf(self.highest):
                 return guide()
-            return jax.lax.cond(
-                (self.lowest < sigma) & (sigma <= self.highest),
-                guide,
-                lambda: jnp.asarray(denoise_fn(x, sigma), x.dtype),
-            )
+            inside = (self.lowest < sigma) & (sigma <= self.highest)
+            return jax.lax.cond(inside, guide, lambda: denoise_fn(x, sigma))
 
         return guided
 
