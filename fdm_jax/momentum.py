@@ -97,5 +97,10 @@ class Momentum:
 
         The result is as exact as its type allows, but s falls by e^-20 over the range and so multiplies a
         relative rounding of sigma by up to 40: about 2e-6 relative in float32, 1e-14 in float64.
+
+        Raises:
+          UserError: a noise range without end, over which the clock would stand still, or one that is none.
         """
+        if not sigma_min < sigma_max < math.inf:
+            raise UserError(f"Momentum's clock runs over a finite noise range, and this is {sigma_min} to {sigma_max}.")
         return mean_response(self.clock((sigma - sigma_min) / (sigma_max - sigma_min)), self.damping)

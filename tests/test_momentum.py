@@ -102,6 +102,12 @@ def test_bad_values_are_named(bad):
         Momentum(**bad)
 
 
+@pytest.mark.parametrize("span", [(0.0, float("inf")), (1.0, 1.0)])
+def test_a_clock_needs_a_finite_range(span):
+    with pytest.raises(UserError, match=f"finite noise range, and this is {span[0]} to {span[1]}"):
+        Momentum().scale(jnp.ones(1), *span)
+
+
 def test_overdamped_response_keeps_its_digits_near_critical_damping():
     """(1 + B) e^-B is the limit; the difference of two exponentials over a small w would lose it in float32."""
     B = np.array([0.01, 0.1, 1.0, 5.0, 10.0], np.float32)
