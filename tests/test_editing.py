@@ -133,6 +133,10 @@ def test_bad_input():
     x = jnp.zeros((1, 4, 4, 1))
     with pytest.raises(UserError, match=r"mask is \[3, 3, 1\], which does not fit images of \[1, 4, 4, 1\]"):
         inpaint(striped, x, jnp.ones((3, 3, 1)))
+    with pytest.raises(UserError, match=r"mask is \[4, 4\], which"):  # would make images of four channels
+        inpaint(striped, x, jnp.ones((4, 4)))
+    with pytest.raises(UserError, match="once or more, and not 0 times"):
+        resampling_calls(edm_sigmas(5), 0)
     with pytest.raises(UserError, match="1 channel, and these have 3"):
         colorise(striped, jnp.zeros((1, 4, 4, 3)))
     for strength in (0.0, 1.5):

@@ -24,15 +24,15 @@ def inpaint(denoise_fn: DenoiseFn, known: jax.Array, mask: jax.Array) -> Denoise
     Args:
       denoise_fn: D(x, sigma).
       known: images in [-1, 1], [B, H, W, C].
-      mask: 1 where pixels are to be made and 0 where they are kept, broadcast to the images.
+      mask: 1 where pixels are to be made and 0 where they are kept, [H, W, 1] or another shape that broadcasts to the images'.
 
     Raises:
       UserError: the mask does not fit the images.
     """
-    try:
-        np.broadcast_shapes(known.shape, mask.shape)
-    except ValueError as error:
-        raise UserError(f"The mask is {list(mask.shape)}, which does not fit images of {list(known.shape)}.") from error
+    # To the images' shape, and not both to a third, as [H, W] and images of one channel would be.
+    fits = zip(mask.shape[::-1], known.shape[::-1], strict=False)
+    if mask.ndim > known.ndim or not all(size in (1, wanted) for size, wanted in fits):
+        raise UserError(f"The mask is {list(mask.shape)}, which does not fit images of {list(known.shape)}.")
     return lambda x, sigma: mask * denoise_fn(x, sigma) + (1 - mask) * known
 
 
@@ -41,7 +41,12 @@ def resampling_calls(sigmas: np.ndarray, repeats: int, heun: bool = True) -> lis
 
     What was made gets the chance to agree with what is known around it (RePaint, Lugmayr et al., arXiv 2201.09865). The
     last step, to 0, is gone once. NFE are ``repeats`` times those of the others.
+
+    Raises:
+      UserError: fewer repeats than one.
     """
+    if repeats < 1:
+        raise UserError(f"Each step must be gone over once or more, and not {repeats} times.")
     sigmas, calls, draws = check_grid(sigmas), [], 0
     for sigma, to in zip(sigmas[:-1], sigmas[1:], strict=True):
         for repeat in range(repeats if to > 0 else 1):
@@ -81,6 +86,9 @@ def encode(denoise_fn: DenoiseFn, images: jax.Array, sigmas: np.ndarray) -> jax.
 
     Returns:
       Latents like the images, about standard normal for images like those that the model was trained on.
+
+    Raises:
+      UserError: fewer than two noise levels.
     """
     rising = check_grid(sigmas)[::-1]
     rising = rising[1:] if rising[0] == 0 else rising
@@ -104,7 +112,7 @@ def start_from(
       Latents, to be multiplied by the first level, and the rest of the grid.
 
     Raises:
-      UserError: a strength that is no share, or too small for a step.
+      UserError: a strength that is no share.
     """
     sigmas = check_grid(sigmas)
     if not 0 < strength <= 1:
