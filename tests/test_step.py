@@ -195,6 +195,20 @@ def test_accumulation_changes_nothing_but_rounding(reference_run, devices):
     assert_same_run(run(devices=devices, accumulation=4), reference_run)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"batch_size": 32}, "The batch has 16 images, and spec.batch_size is 32"),
+        ({"accumulation": 3}, "8 images on a device cannot be cut into 3 rounds"),
+        ({"accumulation": 0}, "8 images on a device cannot be cut into 0 rounds"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_a_batch_of_another_size_is_refused(mode, fields, said):
+    with pytest.raises(UserError, match=said):
+        run(mode, devices=2, steps=1, **fields)
+
+
 def test_draws_differ_between_examples_steps_and_seeds():
     index = jnp.arange(4)
     a = draw_for_examples(FAMILY, 0, jnp.asarray(3), index, (8, 8, 1))

@@ -19,6 +19,7 @@ import optax
 
 from fdm_jax import augment
 from fdm_jax.denoiser import make_denoise_fn
+from fdm_jax.errors import UserError
 from fdm_jax.families import Family
 from fdm_jax.objective import clamp, denoising_loss, loss_weight
 from fdm_jax.training.schedules import ema_beta, images_after, learning_rate
@@ -162,8 +163,19 @@ def make_train_step(
       (int32 [B], ignored by unconditional runs) and "index" (int32 [B], place in the global batch).  Under pmap, B
       is the device's share.  Metrics are scalars: loss, grad_norm, learning_rate, clamp, ema_beta,
       bad_gradients (values that were not finite) and bad_steps (such steps in a row).
+
+    Raises:
+      UserError: from train_step, for a batch of another size than ``spec.batch_size``, or that the rounds do not divide.
     """
     optimizer = spec.optimizer()
+
+    def check_size(batch: Batch) -> None:
+        share = len(batch["image"])
+        images = share if axis_name is None else share * jax.lax.psum(1, axis_name)
+        if images != spec.batch_size:  # loss and gradients would be off by the ratio
+            raise UserError(f"The batch has {images} images, and spec.batch_size is {spec.batch_size}.")
+        if spec.accumulation < 1 or share % spec.accumulation:
+            raise UserError(f"{share} images on a device cannot be cut into {spec.accumulation} rounds.")
 
     def loss_sum(params: Any, state: TrainState, batch: Batch) -> jax.Array:
         """Sum over a part of the batch of the weighted error."""
@@ -203,6 +215,7 @@ def make_train_step(
         return jax.lax.scan(add, zero, rounds)[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        check_size(batch)
         loss, gradients = jax.tree.map(lambda a: a / spec.batch_size, loss_and_gradients(state, batch))
         if axis_name is not None:
             loss, gradients = jax.lax.psum((loss, gradients), axis_name)
