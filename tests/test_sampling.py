@@ -160,6 +160,20 @@ def test_a_seed_means_the_same_in_any_company():
     assert np.abs(np.corrcoef(flat) - np.eye(9)).max() < 0.7 and not np.isclose(flat[0], flat[3]).any()
 
 
+@pytest.mark.parametrize("wrong", [2**32, -1])
+def test_a_seed_is_not_wrapped_around(wrong):
+    generator = BatchedGenerator(lambda variables, seeds, labels: seeds, make_mesh(), 8)
+    for draw in (lambda seeds: latents(seeds, (1,)), lambda seeds: next(generator({}, seeds, np.zeros(2)))):
+        with pytest.raises(UserError, match=f"from 0 to 4294967295, and {wrong} is given"):
+            draw(np.array([7, wrong]))
+
+
+def test_seeds_without_labels_are_refused():
+    generator = BatchedGenerator(lambda variables, seeds, labels: seeds, make_mesh(), 8)
+    with pytest.raises(UserError, match="there are 3 seeds and 2 labels"):
+        next(generator({}, np.arange(3), np.zeros(2)))
+
+
 def test_a_seed_means_the_same_in_float64():
     seeds, shape, black = jnp.arange(3, dtype=jnp.uint32), (2, 2, 1), jnp.zeros((3, 2, 2, 1), jnp.uint8)
 

@@ -19,7 +19,7 @@ from fdm_jax.sampling.edm import Churn
 from fdm_jax.sampling.grids import GRIDS, edm_sigmas, sampling_range
 from fdm_jax.sampling.guidance import Guidance, with_and_without_class
 from fdm_jax.sampling.linear import integrate
-from fdm_jax.sampling.seeds import churn_noise, latents, to_uint8
+from fdm_jax.sampling.seeds import as_seeds, churn_noise, latents, to_uint8
 from fdm_jax.sampling.solvers import SOLVERS, make_calls
 
 # (variables, labels int [B]) -> D(x, sigma)
@@ -169,11 +169,15 @@ class BatchedGenerator:
         """Yield (rows, images [n, H, W, C]) for consecutive runs of seeds [N] and labels [N].
 
         Raises:
+          UserError: a seed outside 0 ... 2^32 - 1, or not as many labels as seeds.
           NotFinite: images that were to be uint8 are not finite.
         """
+        seeds, labels = as_seeds(seeds), np.asarray(labels, np.int32)
+        if seeds.shape != labels.shape:
+            raise UserError(f"Every seed needs a label, and there are {len(seeds)} seeds and {len(labels)} labels.")
         variables = put(variables, self._whole)
         start = 0
-        for count, part in in_batches(self.batch_size, seeds.astype(np.uint32), labels.astype(np.int32)):
+        for count, part in in_batches(self.batch_size, seeds, labels):
             images, finite = (fetch(a)[:count] for a in self._generate(variables, *put(part, self._rows)))
             if self._quantise:
                 check_finite(part[0][:count], finite)

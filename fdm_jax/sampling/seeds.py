@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from fdm_jax.errors import UserError
 
 # Separate streams of one seed.
 _LATENT, _LABEL, _CHURN, _DEQUANTISE, _PROBE = range(5)
 
 
+def as_seeds(numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Numbers [B] as uint32.
+
+    Raises:
+      UserError: one outside 0 ... 2^32 - 1, which JAX would take for another one without a word.
+    """
+    numbers = np.asarray(numbers)
+    for wrong in numbers[(numbers < 0) | (numbers >= 2**32)][:1]:
+        raise UserError(f"Seeds go from 0 to {2**32 - 1}, and {wrong} is given.")
+    return numbers.astype(np.uint32)
+
+
 def _keys(seeds: jax.Array, stream: int) -> jax.Array:
+    if not isinstance(seeds, jax.Array):
+        seeds = as_seeds(seeds)
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stream))(seeds)
 
 
