@@ -9,7 +9,8 @@ from conftest import enable_x64
 from test_solvers import HIGH, LOW, START, end_of_two_peaks, gaussian, two_peaks
 
 from fdm_jax.errors import UserError
-from fdm_jax.sampling import edm_sigmas
+from fdm_jax.sampling import edm_sample, edm_sigmas
+from fdm_jax.sampling.editing import encode, start_from
 from fdm_jax.sampling.flow import (
     bits_per_dim,
     exact_trace,
@@ -112,6 +113,19 @@ def test_a_probe_of_another_precision_than_the_images():
     with enable_x64():
         D, trace = hutchinson(jnp.ones((1, 4), jnp.float32))(lambda x: 3 * x, jnp.ones((1, 4), jnp.float64))
         assert D.dtype == jnp.float64 and float(trace[0]) == 12
+
+
+@pytest.mark.filterwarnings("error")  # JAX warns of every float64 that it is asked for and does not have
+def test_numpys_numbers_are_taken():
+    x, sigmas = RNG.standard_normal((2, 2, 2, 1)), edm_sigmas(3)
+    assert edm_sample(gaussian, x, sigmas).dtype == encode(gaussian, x, sigmas).dtype == jnp.float32
+    np.testing.assert_array_equal(
+        edm_sample(gaussian, np.ones((1, 1, 1, 1), int), sigmas), edm_sample(gaussian, np.ones((1, 1, 1, 1)), sigmas)
+    )
+    latents, rest = start_from(x, x, sigmas, 0.5)
+    assert edm_sample(gaussian, latents, rest).dtype == jnp.float32
+    assert reference_samples(gaussian, x, HIGH, LOW).x.dtype == jnp.float32
+    assert log_likelihood(gaussian, x, LOW, HIGH, exact_trace).x.dtype == jnp.float32
 
 
 def test_bits_per_dimension_of_a_uniform_density_are_eight():

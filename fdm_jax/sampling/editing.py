@@ -95,7 +95,7 @@ def encode(denoise_fn: DenoiseFn, images: jax.Array, sigmas: np.ndarray) -> jax.
     if len(rising) < 2:
         raise UserError("Encoding needs two noise levels or more.")
     calls = [call for low, high in zip(rising[:-1], rising[1:], strict=True) for call in heun_step(low, high)]
-    return integrate(denoise_fn, images, 1.0, calls) / jnp.asarray(rising[-1], images.dtype)
+    return integrate(denoise_fn, images, 1.0, calls) / float(rising[-1])
 
 
 def start_from(
@@ -119,7 +119,7 @@ def start_from(
         raise UserError(f"The strength must be above 0 and at most 1, and is {strength}.")
     steps = max(round(strength * (len(sigmas) - 1)), 1)
     rest = sigmas[len(sigmas) - 1 - steps :]
-    return noise + images / jnp.asarray(rest[0], images.dtype), rest
+    return noise + images / float(rest[0]), rest
 
 
 def interpolate(first: jax.Array, second: jax.Array, t: jax.Array | float) -> jax.Array:

@@ -60,8 +60,8 @@ def reference_samples(
 
     Args, raises: as :func:`solve_flow`, with standard normal latents.
     """
-    solved = solve_flow(denoise_fn, latents * jnp.asarray(start, latents.dtype), start, stop, rtol=rtol, atol=atol)
-    return solved._replace(x=denoise_fn(solved.x, jnp.asarray(stop, latents.dtype)))
+    solved = solve_flow(denoise_fn, latents * float(start), start, stop, rtol=rtol, atol=atol)
+    return solved._replace(x=denoise_fn(solved.x, jnp.asarray(stop, solved.x.dtype)))
 
 
 def log_likelihood(
@@ -89,6 +89,7 @@ def log_likelihood(
     Raises:
       UserError: levels that are not positive, or equal.
     """
+    x = jnp.asarray(x)
     dim = x[0].size
 
     def slope(t: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -134,6 +135,7 @@ def bits_per_dim(log_p: jax.Array, dim: int, bin_width: float = 1 / 127.5) -> ja
 def _solve(slope: Any, y: Any, start: float, stop: float, rtol: float, atol: float) -> Solved:
     if not (0 < start < float("inf") and 0 < stop < float("inf")) or start == stop:
         raise UserError(f"The ODE goes from one positive noise level to another, and not from {start} to {stop}.")
+    y = jax.tree.map(jnp.asarray, y)
     dtype = jax.tree.leaves(y)[0].dtype
 
     def worst_image(scaled: Any) -> jax.Array:

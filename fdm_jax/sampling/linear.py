@@ -113,6 +113,7 @@ def integrate(
         raise UserError("A stochastic sampler needs a noise_fn that gives the noise of each step.")
     remembers_x = any(call.remember != (0.0, 1.0) for call in calls)
     depth = max(len(c.of_denoised) for call in calls for c in (call.x, call.anchor))
+    latents = jnp.asarray(latents) * 1.0  # integers become floats, and NumPy's float64 what JAX computes in
     dtype = latents.dtype
 
     def column(values: list[Any], kind: Any = dtype) -> jax.Array:
