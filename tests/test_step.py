@@ -223,6 +223,16 @@ def test_draws_differ_between_examples_steps_and_seeds():
     np.testing.assert_array_equal(part.noise, a.noise[2:])
 
 
+def test_the_default_generator_changes_neither_draws_nor_parameters():
+    def numbers():
+        draws = draw_for_examples(FAMILY, 0, jnp.int32(3), jnp.arange(2), (1, 1, 1))
+        return draws.noise, jax.random.bits(draws.dropout_keys[1]), init_state(NETWORK, SPEC, (8, 8, 1)).params
+
+    expected = numbers()
+    with jax.default_prng_impl("rbg"):
+        jax.tree.map(np.testing.assert_array_equal, numbers(), expected)
+
+
 def test_double_precision_changes_neither_draws_nor_the_type_of_parameters():
     spec, step, index = TrainSpec(batch_size=4, learning_rate=1e-2), jnp.int32(3), jnp.arange(2)
 

@@ -10,6 +10,9 @@ import numpy as np
 
 from fdm_jax.errors import UserError
 
+# Named, as not every generator that JAX can be set to keeps a draw apart from those vmapped beside it.
+GENERATOR = "threefry2x32"
+
 # Separate streams of one seed.
 _LATENT, _LABEL, _CHURN, _DEQUANTISE, _PROBE = range(5)
 
@@ -29,7 +32,7 @@ def as_seeds(numbers: Sequence[int] | np.ndarray) -> np.ndarray:
 def _keys(seeds: jax.Array, stream: int) -> jax.Array:
     if not isinstance(seeds, jax.Array):
         seeds = as_seeds(seeds)
-    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stream))(seeds)
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed, impl=GENERATOR), stream))(seeds)
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

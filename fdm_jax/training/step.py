@@ -22,6 +22,7 @@ from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.errors import UserError
 from fdm_jax.families import Family
 from fdm_jax.objective import clamp, denoising_loss, loss_weight
+from fdm_jax.sampling.seeds import GENERATOR
 from fdm_jax.training.schedules import ema_beta, images_after, learning_rate
 
 Batch = Mapping[str, jax.Array]
@@ -102,7 +103,7 @@ def draw_for_examples(
     family: Family, seed: int, step: jax.Array, index: jax.Array, image_shape: tuple[int, ...]
 ) -> Draws:
     """The draws of the examples at places ``index`` [B] of the global batch of a step."""
-    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    step_key = jax.random.fold_in(jax.random.key(seed, impl=GENERATOR), step)
 
     def one(i: jax.Array) -> Draws:
         sigma, noise, drop, aug = jax.random.split(jax.random.fold_in(step_key, i), 4)
@@ -128,7 +129,7 @@ def init_state(network: nn.Module, spec: TrainSpec, image_shape: tuple[int, ...]
       image_shape: (H, W, C).
     """
     # A stream of its own: folding 2^32 - 1 in leaves all step numbers to the training draws.
-    key = jax.random.fold_in(jax.random.key(spec.seed), 0xFFFFFFFF)
+    key = jax.random.fold_in(jax.random.key(spec.seed, impl=GENERATOR), 0xFFFFFFFF)
     variables = dict(network.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1)))
     params = variables.pop("params")
     return TrainState(
