@@ -140,8 +140,9 @@ def _train_spec(config: ConfigDict, num_classes: int) -> TrainSpec:
         if not least <= value < math.inf:
             wanted = "finite" if value >= least else f"{least} or more"
             raise UserError(f"{name} must be {wanted}, and is {value}.")
-    if config.seed >= 2**31:
-        raise UserError(f"seed must be below 2^31, and is {config.seed}.")
+    for name in ("seed", "warmup_steps"):  # int32 on the devices
+        if config[name] >= 2**31:
+            raise UserError(f"{name} must be below 2^31, and is {config[name]}.")
     if not 0 <= config.augment.probability <= 1:
         raise UserError(f"augment.probability must be from 0 to 1, and is {config.augment.probability}.")
     return TrainSpec(

@@ -209,6 +209,12 @@ def test_a_batch_of_another_size_is_refused(mode, fields, said):
         run(mode, devices=2, steps=1, **fields)
 
 
+def test_integers_are_not_taken_for_images_from_minus_one_to_one():
+    step, state = make_train_step(NETWORK, FAMILY, SPEC), jax.eval_shape(lambda: init_state(NETWORK, SPEC, (8, 8, 1)))
+    with pytest.raises(UserError, match="uint8, or floats in .* and these are int32"):
+        jax.eval_shape(step, state, batch_at(0) | {"image": np.zeros((16, 8, 8, 1), np.int32)})
+
+
 def test_draws_differ_between_examples_steps_and_seeds():
     index = jnp.arange(4)
     a = draw_for_examples(FAMILY, 0, jnp.asarray(3), index, (8, 8, 1))

@@ -166,12 +166,15 @@ def make_train_step(
       bad_gradients (values that were not finite) and bad_steps (such steps in a row).
 
     Raises:
-      UserError: from train_step, for a batch of another size than ``spec.batch_size``, or that the rounds do not divide.
+      UserError: from train_step, for a batch of another size than ``spec.batch_size``, or that the rounds do not divide, or
+        of integers other than uint8.
     """
     optimizer = spec.optimizer()
 
-    def check_size(batch: Batch) -> None:
-        share = len(batch["image"])
+    def check(batch: Batch) -> None:
+        share, dtype = len(batch["image"]), batch["image"].dtype
+        if dtype != jnp.uint8 and not jnp.issubdtype(dtype, jnp.floating):
+            raise UserError(f"Images must be uint8, or floats in [-1, 1], and these are {dtype}.")
         images = share if axis_name is None else share * jax.lax.psum(1, axis_name)
         if images != spec.batch_size:  # loss and gradients would be off by the ratio
             raise UserError(f"The batch has {images} images, and spec.batch_size is {spec.batch_size}.")
@@ -216,7 +219,7 @@ def make_train_step(
         return jax.lax.scan(add, zero, rounds)[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        check_size(batch)
+        check(batch)
         loss, gradients = jax.tree.map(lambda a: a / spec.batch_size, loss_and_gradients(state, batch))
         if axis_name is not None:
             loss, gradients = jax.lax.psum((loss, gradients), axis_name)

@@ -40,6 +40,7 @@ def refused(capsys, arguments, started=False):
         ("--config.parallel=pjit", "no parallel mode 'pjit'"),
         ("--config.momentum.multiplier=-1", "momentum.multiplier must be 0 or more"),
         ("--config.warmup_steps=-1", "warmup_steps must be 0 or more"),
+        ("--config.warmup_steps=9999999999", "warmup_steps must be below 2^31, and is 9999999999"),
         ("--config.init_from=", "init_from is empty"),
     ],
 )
