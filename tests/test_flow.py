@@ -138,3 +138,8 @@ def test_bits_per_dimension_of_a_uniform_density_are_eight():
 def test_bad_levels(levels):
     with pytest.raises(UserError, match="one positive noise level to another"):
         solve_flow(two_peaks, jnp.ones((1, 2, 2, 1)), *levels)
+
+
+def test_a_likelihood_goes_from_low_noise_to_high():
+    with pytest.raises(UserError, match="0 < sigma_min < sigma_max, and is 80.0 to 0.002"):
+        log_likelihood(gaussian, jnp.ones((1, 2, 2, 1)), SIGMA_MAX, SIGMA_MIN, exact_trace)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from fdm_jax.denoiser import DenoiseFn
 from fdm_jax.errors import UserError
+from fdm_jax.sampling.grids import check_range
 
 MAX_STEPS = 4096
 
@@ -87,8 +88,9 @@ def log_likelihood(
       rtol, atol: as in :func:`solve_flow`, for x and for ln p.
 
     Raises:
-      UserError: levels that are not positive, or equal.
+      UserError: levels that are not positive, or do not rise.
     """
+    check_range(sigma_min, sigma_max)
     x = jnp.asarray(x)
     dim = x[0].size
 
