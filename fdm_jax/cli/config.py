@@ -29,10 +29,11 @@ def load(args: argparse.Namespace) -> ConfigDict:
     """The configuration that ``args.config`` and ``args.overrides`` name, locked.
 
     Raises:
-      UserError: no such file, name or field, or a value that is missing or of the wrong type.
+      UserError: no such file, name or field, a file with other fields, or a value that is missing or of the wrong type.
     """
     path, _, name = args.config.partition(":")
     config = _load_file(path, name)
+    _check_fields(config, path)
     config.lock()
     overrides, known = _pairs(args.overrides), field_names(config)
     for field, _ in overrides:
@@ -50,6 +51,23 @@ def load(args: argparse.Namespace) -> ConfigDict:
         raise UserError(f"The configuration cannot be changed as asked: {error}") from error
     _check_values(values.config)
     return values.config
+
+
+def _check_fields(config: ConfigDict, path: str) -> None:
+    """Refuse a file's field that is none: nothing would read it, and the run that it was saved with could not be loaded."""
+    known = field_names(default_config())
+    there = [name for name in field_names(config) if name in known or not name.startswith("family.")]
+    for name in there:
+        if name not in known:
+            raise UserError(
+                f"The configuration file {path!r} has a field {name!r}, which does not exist: {nearest(name, known)}"
+            )
+    for name in known:
+        if name not in there:
+            raise UserError(
+                f"The configuration file {path!r} has no field {name!r}: let get_config begin with one of "
+                "fdm_jax.defaults, recipe('cifar10') or default_config()."
+            )
 
 
 def _check_values(config: ConfigDict) -> None:

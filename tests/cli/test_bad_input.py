@@ -61,6 +61,24 @@ def test_field_that_a_file_leaves_without_a_value(capsys, tmp_path):
     assert "train.ema_rampup_ratio has no value, and needs one such as 0.05" in sentence
 
 
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        ("config = recipe('digits'); config.train.learning_rat = 1e-4", "'train.learning_rat', which does not exist: did"),
+        ("config = recipe('digits'); config.network.chanel_mult = (1, 2)", "did you mean 'network.channel_mult'"),
+        ("config = ConfigDict({'seed': 3})", "has no field 'augment.labels': let get_config begin with"),
+    ],
+)
+def test_fields_of_a_file_that_do_not_exist(capsys, tmp_path, lines, words):
+    """A misspelt one trained as if it were not there, and what it trained could not be loaded."""
+    (tmp_path / "mine.py").write_text(
+        "from ml_collections import ConfigDict\nfrom fdm_jax.defaults import recipe\n"
+        f"def get_config():\n    {lines}\n    return config\n"
+    )
+    sentence = refused(capsys, ["train", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}"])
+    assert f"The configuration file '{tmp_path / 'mine.py'}' has " in sentence and words in sentence
+
+
 def test_unknown_recipe_and_file(capsys, tmp_path):
     for config, sentence in (
         ("configs/edm.py:digit", "did you mean 'digits'"),
