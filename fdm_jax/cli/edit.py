@@ -24,6 +24,7 @@ from fdm_jax.cli.sampling import (
     Loaded,
     add_checkpoint_argument,
     add_sampling_arguments,
+    check_noise,
     choose_labels,
     choose_steps,
     load_guidance,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from fdm_jax.sampling.generate import GenerateFn
 
 HELP = "inpaint, vary, colorise, encode or interpolate images"
+DEFAULTS = {"strength": 0.6, "frames": 10}
 MOST = 1000  # results in a row
 ACTIONS = ("inpaint", "vary", "colorise", "encode", "interpolate")
 
@@ -53,10 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resample", type=int, default=1, metavar="N", help="for inpaint: go over each step N times (default: 1)"
     )
-    parser.add_argument(
-        "--strength", type=float, default=0.6, help="for vary: share of the steps (default: %(default)s)"
-    )
-    parser.add_argument("--frames", type=int, default=10, metavar="N", help="for interpolate (default: %(default)s)")
+    parser.add_argument("--strength", type=float, help="for vary: share of the steps (default: %(default)s)")
+    parser.add_argument("--frames", type=int, metavar="N", help="for interpolate (default: %(default)s)")
+    parser.set_defaults(**DEFAULTS)
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     parser.add_argument("--seeds", default="0-7", help="such as 0-7 or 3,7 (default: %(default)s)")
     parser.add_argument(
@@ -178,6 +179,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.out.suffix != ".png":
         raise UserError(f"--out must end in .png, and is {args.out}.")
     need_positive(args, "batch", "steps", "nfe", "resample")
+    check_noise(args)
+    for name, action in (("strength", "vary"), ("frames", "interpolate")):
+        if args.action != action and getattr(args, name) != DEFAULTS[name]:
+            raise UserError(f"--{name} is for {action}, not for {args.action}.")
     if args.frames < 2:
         raise UserError(f"--frames must be 2 or more, and is {args.frames}.")
     if (args.image is None) != (args.action == "interpolate"):

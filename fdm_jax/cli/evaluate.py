@@ -34,7 +34,7 @@ from fdm_jax.cli.features import FEATURES, extract_all, gather
 from fdm_jax.cli.images import existing_images, generated_images
 from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.record import write_json
-from fdm_jax.cli.sampling import add_checkpoint_argument, add_sampling_arguments
+from fdm_jax.cli.sampling import add_checkpoint_argument, add_sampling_arguments, check_noise
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import remove_folder
 
@@ -135,6 +135,7 @@ def evaluate(args: argparse.Namespace) -> int:
             if getattr(args, name) != default:
                 option = {"label": "class"}.get(name, name if name.startswith("S_") else name.replace("_", "-"))
                 raise UserError(f"--{option} says how a --workdir's model generates, and --images are there already.")
+    check_noise(args)
     if args.bootstrap < 0:
         raise UserError(f"--bootstrap must be 0 or more, and is {args.bootstrap}.")
     with joined(args.distributed, leave_on_sigterm=True):

@@ -27,6 +27,7 @@ from fdm_jax.cli.record import SETTINGS, made_otherwise, read_settings
 from fdm_jax.cli.sampling import (
     add_checkpoint_argument,
     add_sampling_arguments,
+    check_noise,
     choose_labels,
     load_with_guide,
     make_sampler,
@@ -78,6 +79,7 @@ def parse_seeds(text: str) -> np.ndarray:
 def run(args: argparse.Namespace) -> int:
     seeds = parse_seeds(args.seeds)
     need_positive(args, "batch", "columns", "steps", "nfe")
+    check_noise(args)
     with joined(args.distributed, leave_on_sigterm=True):
         _generate(args, seeds)
     return 0

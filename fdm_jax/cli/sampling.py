@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fdm_jax.sampling.guidance import Guidance
 
 EVERYWHERE = "0,inf"  # the interval of guidance that is not limited
+RANGE = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "match_original": False}
+CHURN = {"S_churn": 0.0, "S_min": 0.0, "S_max": float("inf"), "S_noise": 1.0}
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +38,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "each is two passes",
     )  # fmt: skip
     noise = add_range_and_guidance(parser)
-    noise.add_argument("--S_churn", type=float, default=0.0, help="0 (the default): deterministic")
-    noise.add_argument("--S_min", type=float, default=0.0, help="default: %(default)s")
-    noise.add_argument("--S_max", type=float, default=float("inf"), help="default: %(default)s")
-    noise.add_argument("--S_noise", type=float, default=1.0, help="default: %(default)s")
+    noise.add_argument("--S_churn", type=float, help="0 (the default): deterministic")
+    for name in ("S_min", "S_max", "S_noise"):
+        noise.add_argument(f"--{name}", type=float, help="of the churn (default: %(default)s)")
+    parser.set_defaults(**CHURN)
 
 
 def add_range_and_guidance(parser: argparse.ArgumentParser) -> Any:
@@ -57,14 +59,15 @@ def add_range_and_guidance(parser: argparse.ArgumentParser) -> Any:
         help="workdir of the worse model, such as an early checkpoint of a smaller one",
     )
     noise = parser.add_argument_group("noise", "range of the grid, which the model's own range bounds; and churn")
-    noise.add_argument("--sigma-min", type=float, default=0.002, help="default: %(default)s")
-    noise.add_argument("--sigma-max", type=float, default=80.0, help="default: %(default)s")
-    noise.add_argument("--rho", type=float, default=7.0, help="default: %(default)s")
+    noise.add_argument("--sigma-min", type=float, help="default: %(default)s")
+    noise.add_argument("--sigma-max", type=float, help="default: %(default)s")
+    noise.add_argument("--rho", type=float, help="of the grid edm (default: %(default)s)")
     noise.add_argument(
         "--match-original",
         action="store_true",
         help="do not bound the range by the model's own: the original's DPM run",
     )
+    parser.set_defaults(**RANGE)
     return noise
 
 
@@ -101,6 +104,23 @@ def parse_grid(text: str) -> str | list[float]:
     if levels[-1] != 0:
         raise UserError(f"--grid {text!r} must end at 0.")
     return levels
+
+
+def check_noise(args: argparse.Namespace) -> None:
+    """Refuse arguments of the noise that would change nothing.
+
+    Raises:
+      UserError: naming the first.
+    """
+    for names, without, reason in (
+        (RANGE, "," not in args.grid, f"--grid={args.grid} gives the noise levels themselves"),
+        (("rho",), args.grid == "edm", f"it belongs to the grid edm, and this one is {args.grid}"),
+        (("S_min", "S_max", "S_noise"), args.S_churn, "there is no churn: give --S_churn=40, say"),
+    ):
+        for name in names:
+            if not without and getattr(args, name) != (RANGE | CHURN)[name]:
+                option = name if name in CHURN else name.replace("_", "-")
+                raise UserError(f"--{option} would change nothing, because {reason}.")
 
 
 def parse_guidance(args: argparse.Namespace) -> Guidance | None:

@@ -26,6 +26,7 @@ from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.generate import parse_seeds
 from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.sampling import (
+    CHURN,
     Loaded,
     add_checkpoint_argument,
     add_range_and_guidance,
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     add_range_and_guidance(parser)
-    parser.set_defaults(S_churn=0.0, S_min=0.0, S_max=float("inf"), S_noise=1.0, steps=None)
+    parser.set_defaults(**CHURN, steps=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,6 +82,11 @@ def run(args: argparse.Namespace) -> int:
     if args.num < 2:
         raise UserError(f"--num is {args.num}, which is too few.")
     check_tolerance(args.tolerance)
+    if args.ref is None and (args.extractor or args.weights):
+        raise UserError(
+            f"--{'extractor' if args.extractor else 'weights'} is for the Frechet distance, which needs --ref=STATS.npz too "
+            "(made by `fdm evaluate ref`)."
+        )
     model = load_with_guide(args)
     judge = None
     if args.ref is not None:

@@ -194,6 +194,10 @@ def test_solvers(straight_run, tmp_path, capsys, arguments, said):
         (["--solver=dpmpp-2m", "--S_churn=3"], "Churn belongs to the solvers heun and euler"),
         (["--solver=dpmpp", "--steps=1"], "dpmpp takes 2 steps or more, not 1"),
         (["--sigma-min=90"], "0 < sigma_min < sigma_max"),
+        (["--grid=80,5,0", "--sigma-max=10"], "--sigma-max would change nothing, because --grid=80,5,0 gives the noise"),
+        (["--grid=80,5,0", "--match-original"], "--match-original would change nothing"),
+        (["--grid=log-snr", "--rho=3"], "--rho would change nothing, because it belongs to the grid edm"),
+        (["--S_noise=1.003"], "--S_noise would change nothing, because there is no churn"),
     ],
 )
 def test_bad_solvers_and_grids(straight_run, tmp_path, capsys, arguments, words):

@@ -107,6 +107,7 @@ def test_a_solution_of_other_settings_is_not_used(straight_run, tmp_path):
         (["--ref=nowhere.npz"], "nowhere.npz cannot be read"),
         (["--sigma-min=90"], "0 < sigma_min < sigma_max"),
         (["--sigma-min=90", "--sigma-max=100"], "0 < sigma_min < sigma_max"),
+        (["--weights=nowhere.safetensors"], "--weights is for the Frechet distance, which needs --ref"),
         (["--tolerance=-1"], "--tolerance must be between"),
     ],
 )
