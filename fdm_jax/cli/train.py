@@ -16,6 +16,7 @@ import argparse
 
 from fdm_jax.cli.distributed import add_distributed_argument, joined
 from fdm_jax.cli.places import place_argument
+from fdm_jax.errors import UserError
 
 HELP = "train a model, or go on with a run"
 
@@ -46,11 +47,16 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax.cli.config import load
     from fdm_jax.defaults import to_json
     from fdm_jax.experiment import Experiment, open_data
-    from fdm_jax.training.loop import train
+    from fdm_jax.training.loop import check, train
 
     if args.init_from:
         args.overrides.append(f"--config.init_from={args.init_from}")
     config = load(args)
+    if config.eval.ref and not config.eval.every_images:
+        raise UserError(
+            "eval.ref is given, but with eval.every_images=0 nothing is measured: give --config.eval.every_images=2500000, "
+            "say, or leave eval.ref out."
+        )
     with joined(args.distributed):
         source = open_data(config)
         experiment = Experiment.from_config(config, source.spec)
@@ -59,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
             kind = jax.devices()[0].device_kind
             print(f"Data: {source.spec}. Devices: {jax.device_count()} x {kind}{processes}.", flush=True)
         if args.dry_run:
-            experiment.check_devices(jax.device_count())
+            logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
+            check(experiment)
             if jax.process_index() == 0:
                 print(to_json(config), end="")
             return 0

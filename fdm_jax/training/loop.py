@@ -28,8 +28,8 @@ from fdm_jax.training.evaluating import Evaluator
 from fdm_jax.training.locking import locked
 from fdm_jax.training.metering import Meter
 from fdm_jax.training.metrics import is_evaluation
-from fdm_jax.training.parallel import parallelise
-from fdm_jax.training.starting import check_configuration, initial_state
+from fdm_jax.training.parallel import Parallel, parallelise
+from fdm_jax.training.starting import check_configuration, initial_state, weights_of_another_run
 from fdm_jax.training.step import make_train_step
 from fdm_jax.training.stopping import Stop, stop_requests
 from fdm_jax.training.writers import Writers
@@ -37,6 +37,27 @@ from fdm_jax.whole_files import write_text
 
 # Programs sent to the devices before the metrics of the first are waited for: keeps them busy, bounds the queue.
 PROGRAMS_IN_FLIGHT = 4
+
+
+def check(experiment: Experiment) -> None:
+    """Raise the UserErrors of :func:`train` that need no workdir; nothing is compiled, nothing is written."""
+    experiment.check_devices(jax.device_count())
+    mesh = make_mesh()
+    _parallel(experiment, mesh)
+    _evaluator(experiment, mesh)
+    weights_of_another_run(experiment)
+
+
+def _parallel(experiment: Experiment, mesh: jax.sharding.Mesh) -> Parallel:
+    return parallelise(
+        experiment.config.parallel,
+        lambda axis: make_train_step(experiment.network, experiment.family, experiment.spec, axis_name=axis),
+        mesh,
+    )
+
+
+def _evaluator(experiment: Experiment, mesh: jax.sharding.Mesh) -> Evaluator | None:
+    return Evaluator(experiment, mesh) if experiment.config.eval.every_images else None
 
 
 def train(experiment: Experiment, source: Source, workdir: Path, watch: Callable[[int], None] | None = None) -> bool:
@@ -77,11 +98,7 @@ class _Run:
         self.batch_size = experiment.spec.batch_size
         self.main = jax.process_index() == 0
         self.mesh = make_mesh()
-        self.parallel = parallelise(
-            self.config.parallel,
-            lambda axis: make_train_step(experiment.network, experiment.family, experiment.spec, axis_name=axis),
-            self.mesh,
-        )
+        self.parallel = _parallel(experiment, self.mesh)
         self.total_steps = -(-self.config.train.images // self.batch_size)
         self.at_once = self.config.train.steps_at_once
         self.checkpoint_steps = self._steps(self.config.checkpoint.every_images)
@@ -93,7 +110,7 @@ class _Run:
         )
         check_configuration(self.checkpoints, experiment, workdir)
         check_data(source)
-        self.evaluator = Evaluator(experiment, self.mesh) if self.config.eval.every_images else None
+        self.evaluator = _evaluator(experiment, self.mesh)
         self.batches: Batches = make_batches(
             source,
             batch_size=self.batch_size,

@@ -67,9 +67,10 @@ def initial_state(
     if restored is not None:
         state, meta = restored
         return state, meta["data"]
+    variables = weights_of_another_run(experiment)
     state = init()
-    if experiment.config.init_from:
-        state = _with_weights_of(state, place(experiment.config.init_from))
+    if variables is not None:
+        state = _with_weights(state, variables)
     if jax.process_index() == 0:
         overview = clu.parameter_overview.get_parameter_overview(state.params, include_stats=False)
         write_text(workdir / "parameters.txt", overview + "\n")
@@ -78,15 +79,28 @@ def initial_state(
     return state, None
 
 
-def _with_weights_of(state: TrainState, workdir: Path) -> TrainState:
-    """The first state of a run with the averaged weights of another."""
+def weights_of_another_run(experiment: Experiment) -> Any:
+    """The averaged weights that ``init_from`` names, {"params": ..., ...constants}; None if it names none.
+
+    Raises:
+      UserError: it names no model, or one that is not of this shape.
+    """
+    if not experiment.config.init_from:
+        return None
+    workdir = place(experiment.config.init_from)
+    like = jax.eval_shape(lambda: init_state(experiment.network, experiment.spec, experiment.image_shape))
     step, variables, _ = Checkpoints(workdir / "checkpoints", read_only=True).restore_model()
     try:
-        check_alike(variables, {"params": state.params, **state.constants}, "this configuration's network")
+        check_alike(variables, {"params": like.params, **like.constants}, "this configuration's network")
     except UserError as error:
         raise UserError(f"init_from={workdir} cannot be used: {error}") from error
     if jax.process_index() == 0:
         print(f"Weights: the average of {workdir}, step {step:,}.", flush=True)
+    return variables
+
+
+def _with_weights(state: TrainState, variables: Any) -> TrainState:
+    """The first state of a run with the averaged weights of another."""
     # Computed, not put: what is put on a device may share memory with where it came from, and the first step gives
     # both parameters and average away.
     host = jax.tree.map(np.asarray, variables)

@@ -42,6 +42,8 @@ def refused(capsys, arguments, started=False):
         ("--config.warmup_steps=-1", "warmup_steps must be 0 or more"),
         ("--config.warmup_steps=9999999999", "warmup_steps must be below 2^31, and is 9999999999"),
         ("--config.init_from=", "init_from is empty"),
+        ("--config.init_from=/nowhere", "/nowhere"),
+        ("--config.eval.ref=pixels.npz", "with eval.every_images=0 nothing is measured"),
     ],
 )
 def test_bad_configuration(capsys, tmp_path, data_dir, override, sentence):
@@ -49,7 +51,20 @@ def test_bad_configuration(capsys, tmp_path, data_dir, override, sentence):
     if override.startswith("--config.data.source"):
         arguments += ["--config.data.class_conditional=False"]
     assert sentence in refused(capsys, arguments)
+    assert sentence in refused(capsys, [*arguments, "--dry-run"])
     assert not list(tmp_path.rglob("checkpoints/[0-9]*"))
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (["--config.eval.held_out_split=validation"], "no split 'validation'"),
+        (["--config.eval.ref=nowhere.npz", "--config.eval.held_out_split="], "nowhere.npz cannot be read"),
+    ],
+)
+def test_a_dry_run_looks_at_what_evaluates(capsys, tmp_path, data_dir, overrides, sentence):
+    arguments = tiny.arguments(tmp_path / "run", data_dir, "--config.eval.every_images=64", *overrides)
+    assert sentence in refused(capsys, arguments) and sentence in refused(capsys, [*arguments, "--dry-run"])
 
 
 def test_field_that_a_file_leaves_without_a_value(capsys, tmp_path):
