@@ -234,7 +234,7 @@ def make_batches(
       num_threads: how many batches are read at the same time; does not change what is delivered.
       num_workers: processes that read instead of threads, for decoding that keeps Python busy; 0 for threads.  The
         source is pickled, and the program must guard its main module, as multiprocessing asks.
-      prefetch: how many batches are read ahead; 0 reads in the caller's thread.
+      prefetch: how many batches are read ahead, at least one by each thread; 0 reads in the caller's thread.
 
     Raises:
       UserError: a number is out of range, or G is not a multiple of P.
@@ -258,4 +258,6 @@ def make_batches(
     rows = batch_size // process_count
     ours = range(process_index * rows, (process_index + 1) * rows)  # of each global batch
     read = _Reader(source, int(seed), batch_size, ours)
-    return Batches(read, grain.ReadOptions(min(num_threads, prefetch), prefetch), num_workers)
+    # Grain lets no more threads read than it may read batches ahead.
+    options = grain.ReadOptions(*((num_threads, max(num_threads, prefetch)) if prefetch else (0, 0)))
+    return Batches(read, options, num_workers)

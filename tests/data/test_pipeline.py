@@ -179,6 +179,21 @@ def test_batches_are_read_ahead():
     data.close()
 
 
+def test_all_threads_read():
+    """As many as asked for, though that is more than are read ahead otherwise."""
+    together = threading.Barrier(12)
+
+    class Slow(Traced):
+        def read(self, indices):
+            together.wait(timeout=20)
+            return super().read(indices)
+
+    data = batches(source=Slow(), num_threads=12, prefetch=8)
+    next(data)
+    together.abort()
+    data.close()
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
