@@ -71,7 +71,15 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--exact takes images of up to {EXACT_UP_TO} values, and these have {int(np.prod(shape))}: leave it out."
         )
-    source = open_data(experiment.config, args.split, args.data)
+    try:
+        source = open_data(experiment.config, args.split, args.data)
+    except UserError as error:
+        if args.data is not None:
+            raise
+        own = experiment.config.data.source
+        raise UserError(
+            f"The run's own images (data.source={own}) cannot be had: {error} Others are given with --data and --split."
+        ) from error
     spec = source.spec
     if (spec.resolution, spec.resolution, spec.channels) != shape:
         raise UserError(

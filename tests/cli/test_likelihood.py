@@ -96,7 +96,7 @@ def test_held_out_images_are_neither_mirrored_nor_a_subset(data_dir):
         ("--num=0", "--num must be 1 or more"),
         ("--tolerance=1", "--tolerance must be between"),
         ("--sigma-min=90", "0 < sigma_min < sigma_max"),
-        ("--split=nothing", "nothing"),
+        ("--split=nothing", "(data.source=digits) cannot be had: digits has no split 'nothing'"),
         ("--data=nowhere.zip", "nowhere.zip"),
         ("--seed=-1", "--seed must be from 0"),
     ],
