@@ -68,7 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--channels", type=int, choices=(1, 3), help="make all pictures grey, or RGB (default: what they have)"
     )
-    sub.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and count them")
+    sub.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out, and count, pictures that cannot be read or are not of the first one's size and channels",
+    )
     sub.add_argument(
         "--threads", type=int, default=4, metavar="N", help="pictures read at the same time (default: %(default)s)"
     )
