@@ -91,6 +91,8 @@ class SongUNet(nn.Module):
         for name in ("label_dim", "augment_dim"):
             if getattr(self, name) < 0:
                 raise UserError(f"network.{name} must be 0 or more, and is {getattr(self, name)}.")
+        if self.num_blocks > 1000:  # counting their widths would take all memory
+            raise UserError(f"network.num_blocks must be at most 1000, and is {self.num_blocks}.")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise UserError(f"network.channel_mult must name a factor per level, and is {tuple(self.channel_mult)}.")
         factor = 2 ** (len(self.channel_mult) - 1)

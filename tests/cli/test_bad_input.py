@@ -41,6 +41,7 @@ def refused(capsys, arguments, started=False):
         ("--config.momentum.multiplier=-1", "momentum.multiplier must be 0 or more"),
         ("--config.warmup_steps=-1", "warmup_steps must be 0 or more"),
         ("--config.warmup_steps=9999999999", "warmup_steps must be below 2^31, and is 9999999999"),
+        ("--config.network.num_blocks=1001", "network.num_blocks must be at most 1000, and is 1001"),
         ("--config.init_from=", "init_from is empty"),
         ("--config.init_from=/nowhere", "/nowhere"),
         ("--config.eval.ref=pixels.npz", "with eval.every_images=0 nothing is measured"),
