@@ -73,13 +73,13 @@ def run(args: argparse.Namespace) -> int:
         )
     try:
         source = open_data(experiment.config, args.split, args.data)
-    except UserError as error:
+    except UserError as refused:
         if args.data is not None:
             raise
         own = experiment.config.data.source
         raise UserError(
-            f"The run's own images (data.source={own}) cannot be had: {error} Others are given with --data and --split."
-        ) from error
+            f"The run's own images (data.source={own}) cannot be had: {refused} Others are given with --data and --split."
+        ) from refused
     spec = source.spec
     if (spec.resolution, spec.resolution, spec.channels) != shape:
         raise UserError(
