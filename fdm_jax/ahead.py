@@ -20,8 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fdm_jax.devices import AXIS, make_mesh
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.experiment import Experiment
-from fdm_jax.training.parallel import parallelise
-from fdm_jax.training.step import init_state, make_train_step
+from fdm_jax.training.step import init_state
 
 # How Cloud TPU lays out so many chips: in a plane, or in space.
 PLANES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -109,16 +108,13 @@ def lower_step(experiment: Experiment, devices: list[Any], at_once: int = 1) -> 
     experiment.check_devices(len(devices))
     if experiment.config.parallel == "pmap":
         raise UserError("parallel=pmap compiles for the devices of this process only; use parallel=jit or fsdp.")
-    network, family, spec = experiment.network, experiment.family, experiment.spec
-    mesh = make_mesh(devices)
-    parallel = parallelise(
-        experiment.config.parallel, lambda axis: make_train_step(network, family, spec, axis_name=axis), mesh
-    )
+    mesh, spec = make_mesh(devices), experiment.spec
+    parallel = experiment.parallelised(mesh)
 
     def like(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    state = jax.eval_shape(lambda: init_state(network, spec, experiment.image_shape))
+    state = jax.eval_shape(lambda: init_state(experiment.network, spec, experiment.image_shape))
     state = jax.tree.map(like, state, parallel.state_sharding(state))
     rows = {"image": (experiment.image_shape, jnp.uint8), "label": ((), jnp.int32), "index": ((), jnp.int32)}
     stacked = (at_once,) if at_once > 1 else ()

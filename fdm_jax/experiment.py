@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fdm_jax.augment import NUM_LABELS
@@ -18,7 +19,9 @@ from fdm_jax.errors import UserError, nearest
 from fdm_jax.families import Family, make_family
 from fdm_jax.momentum import Momentum
 from fdm_jax.networks import SongUNet
-from fdm_jax.training.step import TrainSpec
+from fdm_jax.sampling.generate import GenerateFn, ModelDenoiser, make_generate_fn, make_model_denoiser
+from fdm_jax.training.parallel import Parallel, parallelise
+from fdm_jax.training.step import TrainSpec, make_train_step
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -112,6 +115,26 @@ class Experiment:
             spec,
             image_shape,
             shape["num_classes"],
+        )
+
+    def model_denoiser(self, **options: Any) -> ModelDenoiser:
+        """D(x; sigma) of its model: :func:`~fdm_jax.sampling.generate.make_model_denoiser`, which takes the options."""
+        return make_model_denoiser(self.network, self.family, self.num_classes, **options)
+
+    def generate_fn(self, **options: Any) -> GenerateFn:
+        """A sampler of its model, of ``samples.steps`` if the options name no other number.
+
+        They are those of :func:`~fdm_jax.sampling.generate.make_generate_fn`.
+        """
+        options = {"steps": self.config.samples.steps} | options
+        return make_generate_fn(self.network, self.family, self.image_shape, self.num_classes, **options)
+
+    def parallelised(self, mesh: Mesh) -> Parallel:
+        """Its train step, on the devices of a mesh, as ``parallel`` says."""
+        return parallelise(
+            self.config.parallel,
+            lambda axis: make_train_step(self.network, self.family, self.spec, axis_name=axis),
+            mesh,
         )
 
     def check_devices(self, devices: int) -> None:

@@ -30,7 +30,7 @@ from fdm_jax.devices import make_mesh
 from fdm_jax.evaluation.denoising import held_out_error
 from fdm_jax.evaluation.digits import DigitJudge
 from fdm_jax.experiment import Experiment
-from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
+from fdm_jax.sampling.generate import BatchedGenerator
 from fdm_jax.training.checkpoints import Checkpoints
 
 # variant: ((error, deviation) at 20k, 40k, 80k images, (accuracy, deviation), Frechet distance)
@@ -79,9 +79,10 @@ def measured(workdir: pathlib.Path, judge: DigitJudge) -> tuple[list[float], flo
         errors.append(held_out_error(denoise, images / np.float32(127.5) - 1, labels, levels=64, batch_size=1024))
     seeds = np.arange(SAMPLES * SETS)
     labels = seeds % 10
-    generate = make_generate_fn(experiment.network, experiment.family, (8, 8, 1), 10, steps=18)
-    parts = BatchedGenerator(generate, make_mesh(jax.devices()[:1]), 500)(variables, seeds, labels)
-    samples = np.concatenate([images for _, images in parts])
+    parts = BatchedGenerator(experiment.generate_fn(steps=18), make_mesh(jax.devices()[:1]), 500)(
+        variables, seeds, labels
+    )
+    samples = np.concatenate(list(parts))
     frechet = np.mean([judge.frechet(part) for part in np.split(samples, SETS)])
     return errors, judge.accuracy(samples, labels), float(frechet)
 

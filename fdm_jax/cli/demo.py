@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax.devices import make_mesh
     from fdm_jax.evaluation.digits import DigitJudge
     from fdm_jax.experiment import Experiment, open_data
-    from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
+    from fdm_jax.sampling.generate import BatchedGenerator
     from fdm_jax.training.checkpoints import Checkpoints
     from fdm_jax.training.loop import train
 
@@ -49,11 +49,8 @@ def run(args: argparse.Namespace) -> int:
     _, variables, _ = Checkpoints(args.workdir / "checkpoints", read_only=True).restore_model()
     classes = experiment.num_classes
     labels = np.arange(PER_CLASS * classes) % classes
-    generate = make_generate_fn(
-        experiment.network, experiment.family, experiment.image_shape, classes, steps=config.samples.steps
-    )
-    generator = BatchedGenerator(generate, make_mesh(), 100)
-    images = np.concatenate([images for _, images in generator(variables, np.arange(len(labels)), labels)])
+    generator = BatchedGenerator(experiment.generate_fn(), make_mesh(), 100)
+    images = np.concatenate(list(generator(variables, np.arange(len(labels)), labels)))
     picture = args.workdir / "digits.png"
     pictures.save_png(pictures.image_grid(images[: SHOWN * classes], classes, scale=6, gap=2), picture)
 

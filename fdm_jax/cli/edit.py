@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "interpolate":  # a frame takes the place of a seed
         seeds, labels = np.arange(count), np.repeat(labels[:1], count)
     generator = BatchedGenerator(generate, make_mesh(jax.local_devices()), min(args.batch, count))
-    results = np.concatenate([images for _, images in generator(variables, seeds, labels)])
+    results = np.concatenate(list(generator(variables, seeds, labels)))
     if known is not None:
         first = np.broadcast_to(np.asarray(to_uint8(known)), results.shape[1:])
         if mask is not None:  # what is to be made is shown grey
@@ -120,7 +120,7 @@ def make_edit(
     import jax.numpy as jnp
 
     from fdm_jax.sampling import Churn, editing
-    from fdm_jax.sampling.generate import levels_of, make_model_denoiser
+    from fdm_jax.sampling.generate import levels_of
     from fdm_jax.sampling.linear import integrate
     from fdm_jax.sampling.seeds import churn_noise, latents
     from fdm_jax.sampling.solvers import SOLVERS, make_calls
@@ -148,9 +148,7 @@ def make_edit(
         churn = Churn(S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
         calls = make_calls(args.solver, len(sigmas) - 1 if action == "vary" else steps, sigmas.tolist(), churn)
     guidance, guide, variables = load_guidance(args, model)
-    model_denoiser = make_model_denoiser(
-        experiment.network, experiment.family, experiment.num_classes, guidance, guide
-    )  # fmt: skip
+    model_denoiser = experiment.model_denoiser(guidance=guidance, guide=guide)
 
     def generate(variables: Any, seeds: jax.Array, labels: jax.Array) -> jax.Array:
         denoise_fn = model_denoiser(variables, labels)

@@ -111,7 +111,7 @@ def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
         done = len(seeds) - len(missing)
         with tqdm(total=len(seeds), initial=done, unit="img", disable=None if first else True) as bar:
             for ours in batches[jax.process_index() :: jax.process_count()]:
-                for _, images in generator(sampler.variables, seeds[ours], labels[ours]):
+                for images in generator(sampler.variables, seeds[ours], labels[ours]):
                     for seed, image in zip(seeds[ours], images, strict=True):
                         out.put(int(seed), image)
                     bar.update(min(len(images) * jax.process_count(), len(seeds) - bar.n))  # the others are as far

@@ -58,7 +58,7 @@ def generated_images(args: argparse.Namespace) -> Images:
     def make(start: int, stop: int) -> np.ndarray:
         seeds = (args.first_seed + np.arange(start, stop)).astype(np.uint32)
         labels = choose_labels(args.label, seeds, model.experiment.num_classes)
-        return np.concatenate([images for _, images in generator(sampler.variables, seeds, labels)])
+        return np.concatenate(list(generator(sampler.variables, seeds, labels)))
 
     settings = sampler.settings | {"nfe": sampler.nfe, "weights": "EMA", "first_seed": args.first_seed, "num": num}
     name = f"step-{model.checkpoint}-{args.solver}-{sampler.nfe}nfe-{num}"

@@ -129,11 +129,10 @@ def compile_bits(experiment: Any, span: tuple[float, float], args: argparse.Name
 
     from fdm_jax.devices import replicated, sharded
     from fdm_jax.sampling.flow import bits_per_dim, exact_trace, hutchinson, log_likelihood
-    from fdm_jax.sampling.generate import make_model_denoiser
     from fdm_jax.sampling.seeds import dequantise, signs
 
     shape = experiment.image_shape
-    model_denoiser = make_model_denoiser(experiment.network, experiment.family, experiment.num_classes)
+    model_denoiser = experiment.model_denoiser()
 
     def bits(variables: Any, image: jax.Array, label: jax.Array, seeds: jax.Array) -> tuple[jax.Array, ...]:
         solved = log_likelihood(

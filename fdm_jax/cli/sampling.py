@@ -297,16 +297,14 @@ def make_sampler(args: argparse.Namespace, model: Loaded) -> Sampler:
       UserError: what is asked for does not exist or does not fit.
     """
     from fdm_jax.sampling import Churn
-    from fdm_jax.sampling.generate import make_generate_fn
     from fdm_jax.sampling.grids import edm_sigmas
     from fdm_jax.sampling.solvers import make_calls
 
     experiment, grid = model.experiment, parse_grid(args.grid)
     steps = choose_steps(args, experiment.config.samples.steps, grid)
     guidance, guide, variables = load_guidance(args, model)
-    generate = make_generate_fn(
-        experiment.network, experiment.family, experiment.image_shape, experiment.num_classes, steps=steps,
-        solver=args.solver, grid=grid, clip=not args.match_original,
+    generate = experiment.generate_fn(
+        steps=steps, solver=args.solver, grid=grid, clip=not args.match_original,
         churn=Churn(S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise),
         guidance=guidance, guide=guide, sigma_min=args.sigma_min, sigma_max=args.sigma_max, rho=args.rho,
     )  # fmt: skip

@@ -181,7 +181,6 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
 
     from fdm_jax.devices import in_batches, make_mesh, replicated, sharded
     from fdm_jax.sampling.flow import reference_samples
-    from fdm_jax.sampling.generate import make_model_denoiser
     from fdm_jax.sampling.grids import check_range, sampling_range
     from fdm_jax.sampling.seeds import latents
 
@@ -195,7 +194,7 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
         low, high = sampling_range(experiment.family, *span)
         check_range(low, high)  # the other way about where the span lies beyond the family's
     guidance, guide, variables = load_guidance(args, model)
-    model_denoiser = make_model_denoiser(experiment.network, experiment.family, experiment.num_classes, guidance, guide)
+    model_denoiser = experiment.model_denoiser(guidance=guidance, guide=guide)
     mesh = make_mesh()
     rows, whole = sharded(mesh), replicated(mesh)
 
@@ -243,7 +242,7 @@ def judge_case(
 
     def sample(seeds: np.ndarray) -> np.ndarray:
         labels = choose_labels(args.label, seeds, classes)
-        images = np.concatenate([images for _, images in generator(sampler.variables, seeds, labels)])
+        images = np.concatenate(list(generator(sampler.variables, seeds, labels)))
         check_finite(seeds, np.isfinite(images).all(axis=(1, 2, 3)))
         return images
 

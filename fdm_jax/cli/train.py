@@ -65,7 +65,6 @@ def run(args: argparse.Namespace) -> int:
             kind = jax.devices()[0].device_kind
             print(f"Data: {source.spec}. Devices: {jax.device_count()} x {kind}{processes}.", flush=True)
         if args.dry_run:
-            logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
             check(experiment)
             if jax.process_index() == 0:
                 print(to_json(config), end="")

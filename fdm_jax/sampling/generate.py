@@ -165,8 +165,8 @@ class BatchedGenerator:
 
         self._generate = jax.jit(finished, in_shardings=(whole, rows, rows), out_shardings=rows)
 
-    def __call__(self, variables: Any, seeds: np.ndarray, labels: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield (rows, images [n, H, W, C]) for consecutive runs of seeds [N] and labels [N].
+    def __call__(self, variables: Any, seeds: np.ndarray, labels: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield images [n, H, W, C] of seeds [N] and labels [N], batch by batch; the last n may be smaller.
 
         Raises:
           UserError: a seed outside 0 ... 2^32 - 1, or not as many labels as seeds.
@@ -176,10 +176,8 @@ class BatchedGenerator:
         if seeds.shape != labels.shape:
             raise UserError(f"Every seed needs a label, and there are {len(seeds)} seeds and {len(labels)} labels.")
         variables = put(variables, self._whole)
-        start = 0
         for count, part in in_batches(self.batch_size, seeds, labels):
             images, finite = (fetch(a)[:count] for a in self._generate(variables, *put(part, self._rows)))
             if self._quantise:
                 check_finite(part[0][:count], finite)
-            yield slice(start, start + count), images
-            start += count
+            yield images

@@ -20,7 +20,7 @@ from fdm_jax.evaluation.moments import Moments
 from fdm_jax.evaluation.references import open_with_extractor
 from fdm_jax.experiment import Experiment, open_data
 from fdm_jax.sampling import seeds as draws
-from fdm_jax.sampling.generate import BatchedGenerator, NotFinite, make_generate_fn, make_model_denoiser
+from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
 from fdm_jax.whole_files import place
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _held_out(experiment: Experiment, mesh: Mesh) -> DenoisingError:
     if found != shape:
         raise UserError(f"The held-out images of {spec.name} are {found}, and the run's are {shape}.")
     batch = source.read(np.arange(min(len(source), config.held_out_images)))
-    model_denoiser = make_model_denoiser(experiment.network, experiment.family, experiment.num_classes)
+    model_denoiser = experiment.model_denoiser()
 
     def denoise(variables: Any, x: jax.Array, sigma: jax.Array, labels: jax.Array) -> jax.Array:
         return model_denoiser(variables, labels)(x, sigma)
@@ -95,11 +95,7 @@ def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Callable[[], 
     config = experiment.config.eval
     weights = place(config.weights) if config.weights else None
     reference, extractor = open_with_extractor(place(config.ref), config.extractor, weights, experiment.image_shape)
-    generate = make_generate_fn(
-        experiment.network, experiment.family, experiment.image_shape, experiment.num_classes,
-        steps=experiment.config.samples.steps,
-    )  # fmt: skip
-    generator = BatchedGenerator(generate, mesh, min(config.batch_size, config.num_images))
+    generator = BatchedGenerator(experiment.generate_fn(), mesh, min(config.batch_size, config.num_images))
     maker = FeatureMaker(extractor, mesh, generator.batch_size)
     name = "eval/fid" if extractor.kind == "inception" else "eval/frechet_distance"
 
@@ -107,7 +103,7 @@ def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Callable[[], 
         seeds, counted = np.arange(config.num_images, dtype=np.uint32), Moments(extractor.width)
         labels = np.asarray(draws.labels(jnp.asarray(seeds), experiment.num_classes))
         try:
-            for _, images in generator(variables, seeds, labels):
+            for images in generator(variables, seeds, labels):
                 counted.add(maker(images)[0])
                 if stop():
                     return None

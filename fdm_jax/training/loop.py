@@ -21,16 +21,14 @@ from fdm_jax.devices import make_mesh
 from fdm_jax.errors import RestartNeeded, UserError
 from fdm_jax.experiment import Experiment
 from fdm_jax.progress import Progress
-from fdm_jax.sampling.generate import BatchedGenerator, NotFinite, make_generate_fn
+from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
 from fdm_jax.training.agreement import check_data, check_workdir
 from fdm_jax.training.checkpoints import Checkpoints
 from fdm_jax.training.evaluating import Evaluator
 from fdm_jax.training.locking import locked
 from fdm_jax.training.metering import Meter
 from fdm_jax.training.metrics import is_evaluation
-from fdm_jax.training.parallel import Parallel, parallelise
 from fdm_jax.training.starting import check_configuration, initial_state, weights_of_another_run
-from fdm_jax.training.step import make_train_step
 from fdm_jax.training.stopping import Stop, stop_requests
 from fdm_jax.training.writers import Writers
 from fdm_jax.whole_files import write_text
@@ -43,17 +41,9 @@ def check(experiment: Experiment) -> None:
     """Raise the UserErrors of :func:`train` that need no workdir; nothing is compiled, nothing is written."""
     experiment.check_devices(jax.device_count())
     mesh = make_mesh()
-    _parallel(experiment, mesh)
+    experiment.parallelised(mesh)
     _evaluator(experiment, mesh)
     weights_of_another_run(experiment)
-
-
-def _parallel(experiment: Experiment, mesh: jax.sharding.Mesh) -> Parallel:
-    return parallelise(
-        experiment.config.parallel,
-        lambda axis: make_train_step(experiment.network, experiment.family, experiment.spec, axis_name=axis),
-        mesh,
-    )
 
 
 def _evaluator(experiment: Experiment, mesh: jax.sharding.Mesh) -> Evaluator | None:
@@ -98,7 +88,7 @@ class _Run:
         self.batch_size = experiment.spec.batch_size
         self.main = jax.process_index() == 0
         self.mesh = make_mesh()
-        self.parallel = _parallel(experiment, self.mesh)
+        self.parallel = experiment.parallelised(self.mesh)
         self.total_steps = -(-self.config.train.images // self.batch_size)
         self.at_once = self.config.train.steps_at_once
         self.checkpoint_steps = self._steps(self.config.checkpoint.every_images)
@@ -317,13 +307,9 @@ class _Run:
             columns = min(samples.columns, classes) if classes else samples.columns
             seeds = np.arange(samples.rows * columns)
             if self.generator is None:
-                generate = make_generate_fn(
-                    self.experiment.network, self.experiment.family, self.experiment.image_shape, classes,
-                    steps=samples.steps,
-                )  # fmt: skip
-                self.generator = BatchedGenerator(generate, self.mesh, len(seeds))
+                self.generator = BatchedGenerator(self.experiment.generate_fn(), self.mesh, len(seeds))
             try:
-                images = np.concatenate([part for _, part in self.generator(self._averaged(), seeds, seeds % columns)])
+                images = np.concatenate(list(self.generator(self._averaged(), seeds, seeds % columns)))
             except NotFinite as error:  # whether the run goes on is for the gradients to say
                 self.progress.say(f"{self.nimg:>11,} images: no samples. {error}")
                 return

@@ -80,7 +80,10 @@ def test_field_that_a_file_leaves_without_a_value(capsys, tmp_path):
 @pytest.mark.parametrize(
     "lines, words",
     [
-        ("config = recipe('digits'); config.train.learning_rat = 1e-4", "'train.learning_rat', which does not exist: did"),
+        (
+            "config = recipe('digits'); config.train.learning_rat = 1e-4",
+            "'train.learning_rat', which does not exist: did",
+        ),
         ("config = recipe('digits'); config.network.chanel_mult = (1, 2)", "did you mean 'network.channel_mult'"),
         ("config = ConfigDict({'seed': 3})", "has no field 'augment.labels': let get_config begin with"),
     ],

@@ -194,7 +194,10 @@ def test_solvers(straight_run, tmp_path, capsys, arguments, said):
         (["--solver=dpmpp-2m", "--S_churn=3"], "Churn belongs to the solvers heun and euler"),
         (["--solver=dpmpp", "--steps=1"], "dpmpp takes 2 steps or more, not 1"),
         (["--sigma-min=90"], "0 < sigma_min < sigma_max"),
-        (["--grid=80,5,0", "--sigma-max=10"], "--sigma-max would change nothing, because --grid=80,5,0 gives the noise"),
+        (
+            ["--grid=80,5,0", "--sigma-max=10"],
+            "--sigma-max would change nothing, because --grid=80,5,0 gives the noise",
+        ),
         (["--grid=80,5,0", "--match-original"], "--match-original would change nothing"),
         (["--grid=log-snr", "--rho=3"], "--rho would change nothing, because it belongs to the grid edm"),
         (["--S_noise=1.003"], "--S_noise would change nothing, because there is no churn"),
@@ -250,18 +253,16 @@ def test_a_seed_gives_its_image_on_any_devices_in_any_batch(straight_run, solver
 
     from fdm_jax.cli.sampling import choose_labels, load_model
     from fdm_jax.devices import make_mesh
-    from fdm_jax.sampling.generate import BatchedGenerator, make_generate_fn
+    from fdm_jax.sampling.generate import BatchedGenerator
 
     model = load_model(straight_run)
     experiment = model.experiment
-    generate = make_generate_fn(
-        experiment.network, experiment.family, experiment.image_shape, 10, steps=4, solver=solver
-    )
+    generate = experiment.generate_fn(steps=4, solver=solver)
 
     def sample(seeds, devices, batch):
         generator = BatchedGenerator(generate, make_mesh(jax.devices()[:devices]), batch, quantise=False)
         labels = choose_labels(None, seeds, 10)
-        images = np.concatenate([images for _, images in generator(model.variables, seeds, labels)])
+        images = np.concatenate(list(generator(model.variables, seeds, labels)))
         assert generator._generate._cache_size() == 1  # compiled once, however many batches
         return images
 
