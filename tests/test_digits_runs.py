@@ -25,7 +25,6 @@ import tiny
 
 from fdm_jax.data.digits import load_digits_arrays
 from fdm_jax.defaults import from_dict
-from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.devices import make_mesh
 from fdm_jax.evaluation.denoising import held_out_error
 from fdm_jax.evaluation.digits import DigitJudge
@@ -70,11 +69,10 @@ def measured(workdir: pathlib.Path, judge: DigitJudge) -> tuple[list[float], flo
     for step in STEPS:
         _, variables, meta = checkpoints.restore_model(step)
         experiment = Experiment.from_config(from_dict(meta["config"]))
+        model_denoiser = experiment.model_denoiser()
 
-        def denoise(x, sigma, labels, experiment=experiment, variables=variables):
-            one_hot = jax.nn.one_hot(labels, experiment.num_classes)
-            network = lambda x, c_noise: experiment.network.apply(variables, x, c_noise, one_hot)  # noqa: E731
-            return make_denoise_fn(experiment.family, network)(x, sigma)
+        def denoise(x, sigma, labels, model_denoiser=model_denoiser, variables=variables):
+            return model_denoiser(variables, labels)(x, sigma)
 
         errors.append(held_out_error(denoise, images / np.float32(127.5) - 1, labels, levels=64, batch_size=1024))
     seeds = np.arange(SAMPLES * SETS)

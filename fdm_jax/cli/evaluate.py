@@ -69,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_generation_arguments(parser)
 
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
-    sub = actions.add_parser("ref", help="make statistics of real images")
+    # What it shares with the command may also stand before it, and has the command's defaults.
+    sub = actions.add_parser("ref", help="make statistics of real images", argument_default=argparse.SUPPRESS)
     sub.set_defaults(act=make_reference)
     _add_data_arguments(sub)
     add_extractor_arguments(sub, "default: inception")
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--keep-features", action="store_true", help="for kernel distance, precision and recall; a larger file"
     )
-    sub.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
+    sub.add_argument("--batch", type=int, metavar="N", help="images at a time (default: 64)")
     sub.add_argument("--out", required=True, type=path_argument, metavar="STATS.npz", help="the file")
 
     sub = actions.add_parser("fit-classifier", help="train a small classifier on a data set, for its features")
@@ -111,7 +112,9 @@ def add_extractor_arguments(parser: argparse.ArgumentParser, default: str) -> No
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="NAME", help="a data set's name or path")
     parser.add_argument("--split", default="train", help="default: %(default)s")
-    parser.add_argument("--data_dir", "--data-dir", type=path_argument, metavar="DIR", help="of named data sets")
+    parser.add_argument(
+        "--data_dir", "--data-dir", type=path_argument, default=None, metavar="DIR", help="of named data sets"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -54,6 +54,14 @@ def test_statistics_are_those_of_the_pixels(place, data_dir):
     assert description["images"] == 297 and description["extractor"] == "pixels" and "jax" in description["versions"]
 
 
+def test_what_the_actions_share_may_stand_before_them(tmp_path, data_dir):
+    shared = ["--extractor=pixels", "--num=100", "--keep-features"]
+    more = [f"--data_dir={data_dir.partition('=')[2]}", "--data=digits", f"--out={tmp_path}/ref.npz"]
+    assert main(["evaluate", *shared, "ref", *more]) == 0
+    with np.load(tmp_path / "ref.npz") as data:
+        assert len(data["features"]) == 100
+
+
 @pytest.fixture(scope="module")
 def measured(place, straight_run):
     out = place / "measured"
