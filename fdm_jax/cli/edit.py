@@ -25,7 +25,6 @@ from fdm_jax.cli.sampling import (
     add_checkpoint_argument,
     add_sampling_arguments,
     check_noise,
-    choose_labels,
     choose_steps,
     load_guidance,
     load_with_guide,
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax import pictures
     from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
-    from fdm_jax.sampling.seeds import to_uint8
+    from fdm_jax.sampling.seeds import choose_labels, to_uint8
 
     _check(args)
     seeds = parse_seeds(args.seeds)

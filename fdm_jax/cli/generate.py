@@ -28,7 +28,6 @@ from fdm_jax.cli.sampling import (
     add_checkpoint_argument,
     add_sampling_arguments,
     check_noise,
-    choose_labels,
     load_with_guide,
     make_sampler,
 )
@@ -92,6 +91,7 @@ def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
 
     from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
+    from fdm_jax.sampling.seeds import choose_labels
 
     model = load_with_guide(args)
     labels = choose_labels(args.label, seeds, model.experiment.num_classes)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fdm_jax.cli.sampling import choose_labels, load_with_guide, make_sampler
+from fdm_jax.cli.sampling import load_with_guide, make_sampler
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import is_remote, resolved
 
@@ -47,6 +47,7 @@ def generated_images(args: argparse.Namespace) -> Images:
 
     from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
+    from fdm_jax.sampling.seeds import choose_labels
 
     model = load_with_guide(args)
     sampler, num = make_sampler(args, model), args.num or 50_000

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -173,7 +173,7 @@ class Loaded(NamedTuple):
 
     checkpoint: int
     experiment: Experiment
-    variables: dict[str, Any]
+    variables: Mapping[str, Any]
     guide: Loaded | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -207,16 +207,11 @@ def load_model(workdir: Path, step: int | str | None = None) -> Loaded:
     Raises:
       UserError: it is no workdir, or there is no such checkpoint.
     """
-    from fdm_jax.defaults import from_dict
-    from fdm_jax.experiment import Experiment
-    from fdm_jax.training.checkpoints import Checkpoints, read_config
+    from fdm_jax.model import load_run
 
-    read_config(workdir)  # says so if it is none
-    checkpoint, variables, meta = Checkpoints(workdir / "checkpoints", read_only=True).restore_model(step)
-    experiment = Experiment.from_config(from_dict(meta["config"]))
-    # The run's way to compute attention may not be this machine's.
-    network = experiment.network.clone(attention="auto")
-    return Loaded(checkpoint, dataclasses.replace(experiment, network=network), variables)
+    model = load_run(workdir, step)
+    assert model.checkpoint is not None
+    return Loaded(model.checkpoint, model.experiment, model.variables)
 
 
 def load_with_guide(args: argparse.Namespace) -> Loaded:
@@ -254,24 +249,6 @@ def load_guidance(args: argparse.Namespace, model: Loaded) -> tuple[Guidance | N
             file=sys.stderr,
         )
     return guidance, None, model.variables
-
-
-def choose_labels(label: int | None, seeds: np.ndarray, classes: int) -> np.ndarray:
-    """The class of each seed, int32 [N]: the given one, or one drawn from the seed; -1 without classes.
-
-    Raises:
-      UserError: the model does not know the class.
-    """
-    import jax.numpy as jnp
-
-    from fdm_jax.sampling import seeds as draws
-
-    if label is not None and not 0 <= label < classes:
-        right = f"from 0 to {classes - 1}" if classes else "left out, since this model knows no classes"
-        raise UserError(f"--class must be {right}, and is {label}.")
-    if label is not None:
-        return np.full(len(seeds), label, np.int32)
-    return np.asarray(draws.labels(jnp.asarray(seeds), classes))
 
 
 class Sampler(NamedTuple):

@@ -31,7 +31,6 @@ from fdm_jax.cli.sampling import (
     add_checkpoint_argument,
     add_range_and_guidance,
     check_tolerance,
-    choose_labels,
     load_guidance,
     load_with_guide,
     make_sampler,
@@ -182,7 +181,7 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
     from fdm_jax.devices import in_batches, make_mesh, replicated, sharded
     from fdm_jax.sampling.flow import reference_samples
     from fdm_jax.sampling.grids import check_range, sampling_range
-    from fdm_jax.sampling.seeds import latents
+    from fdm_jax.sampling.seeds import choose_labels, latents
 
     file = args.out / "reference.npy"
     if file.exists():
@@ -235,6 +234,7 @@ def judge_case(
     from fdm_jax.evaluation.frechet import frechet_distance
     from fdm_jax.evaluation.moments import Moments
     from fdm_jax.sampling.generate import BatchedGenerator, check_finite
+    from fdm_jax.sampling.seeds import choose_labels
     from fdm_jax.sampling.solvers import SOLVERS
 
     classes = model.experiment.num_classes

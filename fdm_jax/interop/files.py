@@ -12,10 +12,11 @@ import safetensors.numpy
 
 from fdm_jax import __version__
 from fdm_jax.errors import UserError
-from fdm_jax.interop.models import PRECONDITIONING, Model, load_snapshot
+from fdm_jax.interop.models import PRECONDITIONING, load_snapshot
 from fdm_jax.interop.snapshots import import_torch
 from fdm_jax.interop.state_dict import from_torch, to_torch
-from fdm_jax.networks.song_unet import PRESETS
+from fdm_jax.model import Model
+from fdm_jax.networks.song_unet import PRESETS, SongUNet
 from fdm_jax.training.checkpoints import Checkpoints
 from fdm_jax.whole_files import make_folder, write_whole
 
@@ -23,7 +24,7 @@ FORMATS = {"safetensors": ".safetensors", "torch": ".pt"}
 _FORMAT = "fdm_jax model, version 1"
 
 
-def load_model(path: Path) -> Model:
+def load_file(path: Path) -> Model:
     """A model from a snapshot (``.pkl``) or from a file of :func:`export_model`.
 
     Raises:
@@ -34,7 +35,7 @@ def load_model(path: Path) -> Model:
     description = _read_description(path)
     try:
         state = _load_torch(path) if path.suffix == ".pt" else safetensors.numpy.load_file(path)
-        return Model.from_config(description["config"], from_torch(state))
+        return Model.from_config(description["config"], from_torch(state)).checked()
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     except Exception as error:  # torch and safetensors have errors of their own for damaged files
@@ -46,11 +47,11 @@ def import_model(path: Path, workdir: Path) -> Model:
     """Loads a model and writes it as the workdir of a run that is over: generation and evaluation take it as any other.
 
     Raises:
-      UserError: see :func:`load_model`; or the workdir holds something already.
+      UserError: see :func:`load_file`; or the workdir holds something already.
     """
     if (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds a run already: give another --workdir.")
-    model = load_model(path)
+    model = load_file(path)
     try:
         make_folder(workdir)
     except OSError as error:
@@ -92,13 +93,13 @@ def export_model(workdir: Path, path: Path, kind: str, step: int | str | None = 
     beside = path.with_name(f"{path.name}.json")
     _check_new(path)
     step, variables, meta = Checkpoints(workdir / "checkpoints", read_only=True).restore_model(step)
-    model = Model.from_config(meta["config"], variables)
+    model = Model.from_config(meta["config"], variables).checked()
     state = to_torch(model.variables, PRESETS[model.network.preset]["resample_filter"])
     description = {
         "format": _FORMAT,
         "written_by": f"fdm_jax {__version__}",
         "checkpoint": step,
-        "SongUNet": original_arguments(model),
+        "SongUNet": original_arguments(model.network),
         "preconditioning": original_preconditioning(model),
         "config": model.config,
     }
@@ -119,9 +120,9 @@ def _check_new(path: Path) -> None:
         raise UserError(f"{path} is there already: delete it, or give another --out.")
 
 
-def original_arguments(model: Model) -> dict[str, Any]:
+def original_arguments(network: SongUNet) -> dict[str, Any]:
     """Keyword arguments that make the original's ``SongUNet`` of the same shape."""
-    network, preset = model.network, PRESETS[model.network.preset]
+    preset = PRESETS[network.preset]
     names = ("label_dim", "augment_dim", "model_channels", "channel_mult_emb", "num_blocks", "dropout", "label_dropout")
     return {
         "img_resolution": network.resolution, "in_channels": network.channels, "out_channels": network.channels,

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fdm_jax.augment import NUM_LABELS
-from fdm_jax.defaults import from_dict
-from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.errors import UserError
-from fdm_jax.experiment import Experiment
-from fdm_jax.families import Family
 from fdm_jax.interop.snapshots import Persistent, Snapshot, read_snapshot, submodule, tensors
 from fdm_jax.interop.state_dict import from_torch
-from fdm_jax.networks.song_unet import PRESETS, SongUNet
-from fdm_jax.training.checkpoints import check_alike
+from fdm_jax.model import Model
+from fdm_jax.networks.song_unet import PRESETS
 
 # Positional parameters of the original's constructors, and what they default to.
 _NETWORK_ARGUMENTS: dict[str, Any] = {
@@ -41,70 +33,6 @@ PRECONDITIONING = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A trained denoiser.
-
-    Attributes:
-      config: the fields of a configuration that builds it, as of ``config.to_dict()``.
-      family, network: see there.
-      variables: {"params": ..., and "constants" for NCSN++} of float32 arrays, as ``network.apply`` takes them.
-    """
-
-    config: dict[str, Any]
-    family: Family
-    network: SongUNet
-    variables: Mapping[str, Any]
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], variables: Mapping[str, Any]) -> Model:
-        """Builds the parts, and checks that the variables are those of the network.
-
-        Args:
-          config: fields by group; those left out have their defaults.
-          variables: see above.
-
-        Raises:
-          UserError: a parameter is missing, left over, or of another shape.
-        """
-        experiment = Experiment.from_config(from_dict(config))
-        network = experiment.network.clone(attention="auto")  # the run's way to compute it may not be this machine's
-        height, width, channels = experiment.image_shape
-        wanted = jax.eval_shape(
-            network.init, jax.random.key(0), jnp.zeros((1, height, width, channels)), jnp.zeros(1)
-        )  # fmt: skip
-        check_alike(variables, wanted, "the network that it describes")
-        return cls(experiment.config.to_dict(), experiment.family, network, variables)
-
-    @functools.cached_property
-    def _denoise(self) -> Callable[..., jax.Array]:
-        @jax.jit
-        def denoise(variables: Any, *args: Any) -> jax.Array:
-            return make_denoise_fn(self.family, functools.partial(self.network.apply, variables))(*args)
-
-        return denoise
-
-    def denoise(
-        self,
-        x: jax.Array,
-        sigma: jax.Array | float,
-        class_labels: jax.Array | None = None,
-        augment_labels: jax.Array | None = None,
-    ) -> jax.Array:
-        """D(x; sigma), compiled.
-
-        Args:
-          x: y + sigma n, [B, H, W, C].
-          sigma: a scalar or [B].
-          class_labels: one-hot [B, label_dim]; None for no class.
-          augment_labels: [B, 9]; None for not augmented.
-
-        Returns:
-          [B, H, W, C].
-        """
-        return self._denoise(self.variables, jnp.asarray(x), jnp.asarray(sigma), class_labels, augment_labels)
-
-
 def load_snapshot(path: str | Path, load_storage: Callable[[bytes], np.ndarray] | None = None) -> Model:
     """A snapshot of FDM or EDM (``network-snapshot-*.pkl``) as a model; nothing in the file is executed.
 
@@ -118,7 +46,7 @@ def load_snapshot(path: str | Path, load_storage: Callable[[bytes], np.ndarray] 
     path = Path(path)
     snapshot = read_snapshot(path, load_storage)
     try:
-        return Model.from_config(config_of(snapshot), from_torch(tensors(snapshot.ema)))
+        return Model.from_config(config_of(snapshot), from_torch(tensors(snapshot.ema))).checked()
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     except Exception as error:  # values of the wrong kind in a description, each with an error of its own

@@ -37,8 +37,10 @@ def make_model_denoiser(
     """Build denoiser(variables, labels) -> D(x, sigma), guided if so wished; the arguments are those of :func:`make_generate_fn`.
 
     Raises:
-      UserError: guidance by classes of a model that has none.
+      UserError: guidance by classes of a model that has none, or a guide without guidance.
     """
+    if guidance is None and guide is not None:
+        raise UserError("A guide needs guidance, which says how strongly to guide away from it.")
     if guidance is not None and guide is None and not num_classes:
         raise UserError("Classifier-free guidance needs a model with classes, and this one has none.")
 

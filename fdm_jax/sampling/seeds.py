@@ -52,6 +52,21 @@ def labels(seeds: jax.Array, num_classes: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes, jnp.int32))(_keys(seeds, _LABEL))
 
 
+def choose_labels(chosen: int | Sequence[int] | np.ndarray | None, seeds: np.ndarray, num_classes: int) -> np.ndarray:
+    """The class of each seed, int32 [B]: the ``chosen`` one, for all or each of them, or without one that of :func:`labels`.
+
+    Raises:
+      UserError: the model does not know the class.
+    """
+    if chosen is None:
+        return np.asarray(labels(jnp.asarray(seeds), num_classes))
+    classes = np.asarray(chosen, np.int32)
+    for wrong in classes[(classes < 0) | (classes >= num_classes)].flat:
+        right = f"from 0 to {num_classes - 1}" if num_classes else "left out, since this model knows no classes"
+        raise UserError(f"The class must be {right}, and is {wrong}.")
+    return classes if classes.ndim else np.full(len(seeds), classes)
+
+
 def churn_noise(seeds: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal [B, *shape] for the sampler's step."""
     draw = lambda key: _normal(jax.random.fold_in(key, step), shape)  # noqa: E731

@@ -11,6 +11,8 @@ from fdm_jax.cli import generate as generate_module
 from fdm_jax.cli.generate import parse_seeds
 from fdm_jax.cli.main import main
 from fdm_jax.errors import UserError
+from fdm_jax.model import load_model
+from fdm_jax.sampling.guidance import Guidance
 from fdm_jax.sampling.solvers import SOLVERS
 
 
@@ -42,6 +44,43 @@ def test_a_seed_gives_its_image_in_any_company(folder, straight_run, tmp_path):
     for seed in range(11):  # another shape: the same up to rounding to 8 bits
         difference = pixels(tmp_path / "all" / f"{seed:06d}.png").astype(int) - pixels(folder / f"{seed:06d}.png")
         assert np.abs(difference).max() <= 1
+
+
+def test_a_program_of_ones_own_gets_the_same_images(folder, straight_run, tmp_path):
+    model = load_model(straight_run)
+    sample = model.sampler(steps=3, batch_size=8)
+    images = sample(range(11))
+    assert images.dtype == np.uint8
+    for seed in range(11):
+        np.testing.assert_array_equal(images[seed, ..., 0], pixels(folder / f"{seed:06d}.png"))
+    assert generate(straight_run, tmp_path / "threes", "--seeds=4,7", "--class=3", "--batch=8") == 0
+    threes = sample([7, 4], labels=3)
+    np.testing.assert_array_equal(threes, sample([7, 4], labels=[3, 3]))
+    np.testing.assert_array_equal(threes[1, ..., 0], pixels(tmp_path / "threes" / "000004.png"))
+    for seeds, labels, words in (
+        ([0], 10, "The class must be from 0 to 9, and is 10"), ([0, 1], [3], "2 seeds and 1 labels"), ([-1], 3, "Seeds go"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            sample(seeds, labels)
+
+
+def test_models_are_loaded_from_runs_and_files(straight_run, tmp_path):
+    model = load_model(str(straight_run))
+    assert model.checkpoint == 20 and load_model(straight_run, 12).checkpoint == 12
+    out = tmp_path / "model.safetensors"
+    assert main(["export", f"--workdir={straight_run}", f"--out={out}"]) == 0
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 1), np.float32)
+    np.testing.assert_array_equal(load_model(out).denoise(x, 2.0), model.denoise(x, 2.0))
+    guided = model.sampler(steps=2, batch_size=8, guidance=Guidance(scale=2.0), guide=load_model(straight_run, 12))
+    assert (guided([0], 3) != model.sampler(steps=2, batch_size=8)([0], 3)).any()
+    with pytest.raises(UserError, match="A guide needs guidance"):
+        model.sampler(guide=model)
+    for path, checkpoint, words in (
+        (tmp_path, None, "not the workdir of a run"), (tmp_path / "nothing", None, "not the workdir of a run"),
+        (straight_run, 7, "no checkpoint"), (out, 20, "only a run's workdir has checkpoints"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            load_model(path, checkpoint)
 
 
 def test_npz_holds_the_same_images_with_labels(folder, straight_run, tmp_path):
@@ -128,7 +167,7 @@ def test_a_file_of_another_program_in_the_place_of_the_settings(straight_run, tm
         (["--seeds=-4"], "cannot be read at '-4'"),
         (["--seeds=4294967296"], "go up to 4294967295"),
         (["--seeds=1,0-3"], "name one seed twice"),
-        (["--class=10"], "--class must be from 0 to 9, and is 10"),
+        (["--class=10"], "The class must be from 0 to 9, and is 10"),
         (["--checkpoint=7"], "no checkpoint of step 7: choose one of 8, 12, 16, 20"),
         (["--batch=0"], "--batch must be 1 or more"),
     ],
@@ -251,9 +290,9 @@ def test_a_seed_gives_its_image_on_any_devices_in_any_batch(straight_run, solver
     """Alone, among 7 and among 64, on 1, 2 and 8 devices: up to rounding; for one shape of the batch, bit for bit."""
     import jax
 
-    from fdm_jax.cli.sampling import choose_labels, load_model
     from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
+    from fdm_jax.sampling.seeds import choose_labels
 
     model = load_model(straight_run)
     experiment = model.experiment

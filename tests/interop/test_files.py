@@ -21,7 +21,7 @@ from fdm_jax.cli.main import main
 from fdm_jax.defaults import from_dict
 from fdm_jax.errors import UserError
 from fdm_jax.experiment import Experiment
-from fdm_jax.interop import files, load_snapshot, models
+from fdm_jax.interop import files, load_snapshot
 from fdm_jax.interop.snapshots import read_snapshot, tensors
 from fdm_jax.interop.state_dict import to_torch
 from fdm_jax.networks import SongUNet
@@ -168,9 +168,8 @@ def tiny_import(tmp_path):
     """An import with the network of the tests' tiny run."""
     network = SongUNet(8, 1, 10, 0, "ddpmpp", 4, (1,), 1, 1, (), 0.1)
     variables = network.init(jax.random.key(7), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
-    model = models.Model(None, None, network, variables)
     write_snapshot(
-        tmp_path / "tiny.pkl", to_torch(variables, (1, 1)), ("EDMPrecond", {}), files.original_arguments(model)
+        tmp_path / "tiny.pkl", to_torch(variables, (1, 1)), ("EDMPrecond", {}), files.original_arguments(network)
     )
     files.import_model(tmp_path / "tiny.pkl", tmp_path / "imported")
     return tmp_path / "imported"
@@ -278,7 +277,7 @@ def test_import_deletes_no_checkpoints_of_a_run(tmp_path):
 def test_tensors_that_do_not_fit_the_description(tmp_path):
     model = load_snapshot(SNAPSHOT, plain_storage)
     state = to_torch(model.variables, (1, 1))
-    network = dict(files.original_arguments(model))
+    network = dict(files.original_arguments(model.network))
     path = tmp_path / "s.pkl"
     write_snapshot(path, state, ("EDMPrecond", {}), network)
     assert load_snapshot(path, plain_storage).config["momentum"]["enabled"] is False
@@ -314,10 +313,9 @@ def test_a_snapshot_of_250_megabytes(tmp_path):
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros(1))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
-    model = models.Model(load_snapshot(SNAPSHOT, plain_storage).config, None, network, variables)
     path = tmp_path / "large.pkl"
     write_snapshot(
-        path, to_torch(variables, (1, 1)), ("FDM_VPPrecond", {"fdm_multiplier": 2.0}), files.original_arguments(model)
+        path, to_torch(variables, (1, 1)), ("FDM_VPPrecond", {"fdm_multiplier": 2.0}), files.original_arguments(network)
     )
     assert path.stat().st_size > 240e6
     began = time.monotonic()
