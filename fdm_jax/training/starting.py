@@ -17,6 +17,9 @@ from fdm_jax.training.checkpoints import Checkpoints, check_alike
 from fdm_jax.training.step import TrainState, init_state
 from fdm_jax.whole_files import place, write_text
 
+# Which decide the shapes of the weights.
+SHAPING_FIELDS = ("network.", "augment.labels", "data.resolution", "data.channels", "data.num_classes")
+
 
 def check_configuration(checkpoints: Checkpoints, experiment: Experiment, workdir: Path) -> None:
     """Raise a UserError unless the run in a workdir, if there is one, is this one."""
@@ -89,11 +92,14 @@ def weights_of_another_run(experiment: Experiment) -> Any:
         return None
     workdir = place(experiment.config.init_from)
     like = jax.eval_shape(lambda: init_state(experiment.network, experiment.spec, experiment.image_shape))
-    step, variables, _ = Checkpoints(workdir / "checkpoints", read_only=True).restore_model()
+    step, variables, meta = Checkpoints(workdir / "checkpoints", read_only=True).restore_model()
     try:
         check_alike(variables, {"params": like.params, **like.constants}, "this configuration's network")
     except UserError as error:
-        raise UserError(f"init_from={workdir} cannot be used: {error}") from error
+        fields = differing_fields(meta["config"], experiment.config.to_dict())
+        shaping = ", ".join(field for field in fields if field.startswith(SHAPING_FIELDS))
+        more = f" The configurations differ in {shaping}." if shaping else ""
+        raise UserError(f"init_from={workdir} cannot be used: {error}{more}") from error
     if jax.process_index() == 0:
         print(f"Weights: the average of {workdir}, step {step:,}.", flush=True)
     return variables
