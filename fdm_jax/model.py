@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,12 @@ import numpy as np
 from fdm_jax.defaults import from_dict
 from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.devices import make_mesh
-from fdm_jax.errors import UserError
 from fdm_jax.experiment import Experiment
 from fdm_jax.families import Family
 from fdm_jax.networks import SongUNet
 from fdm_jax.sampling import seeds as draws
 from fdm_jax.sampling.generate import BatchedGenerator
 from fdm_jax.training.checkpoints import Checkpoints, check_alike, read_config
-from fdm_jax.whole_files import place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,24 +143,3 @@ def load_run(workdir: Path, checkpoint: int | str | None = None) -> Model:
     read_config(workdir)  # says so if it is none
     step, variables, meta = Checkpoints(workdir / "checkpoints", read_only=True).restore_model(checkpoint)
     return Model.from_config(meta["config"], variables, step)
-
-
-def load_model(path: str | os.PathLike[str], checkpoint: int | str | None = None) -> Model:
-    """The averaged weights of a run, or a model in a file.
-
-    Args:
-      path: a run's workdir (also gs://), a file of ``fdm export`` (``.safetensors`` or ``.pt``), or a snapshot of the
-        PyTorch originals (``.pkl``), of which no code is executed.
-      checkpoint: of a run, see :func:`load_run`.
-
-    Raises:
-      UserError: it is none of these, damaged, or has no such checkpoint.
-    """
-    from fdm_jax.interop.files import load_file  # which is built on this module
-
-    path = place(path)
-    if not path.is_file():
-        return load_run(path, checkpoint)
-    if checkpoint is not None:
-        raise UserError(f"{path} is a file, and only a run's workdir has checkpoints: leave {checkpoint!r} out.")
-    return load_file(path)

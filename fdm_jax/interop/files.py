@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,32 @@ from fdm_jax.errors import UserError
 from fdm_jax.interop.models import PRECONDITIONING, load_snapshot
 from fdm_jax.interop.snapshots import import_torch
 from fdm_jax.interop.state_dict import from_torch, to_torch
-from fdm_jax.model import Model
+from fdm_jax.model import Model, load_run
 from fdm_jax.networks.song_unet import PRESETS, SongUNet
 from fdm_jax.training.checkpoints import Checkpoints
-from fdm_jax.whole_files import make_folder, write_whole
+from fdm_jax.whole_files import make_folder, place, write_whole
 
 FORMATS = {"safetensors": ".safetensors", "torch": ".pt"}
 _FORMAT = "fdm_jax model, version 1"
+
+
+def load_model(path: str | os.PathLike[str], checkpoint: int | str | None = None) -> Model:
+    """The averaged weights of a run, or a model in a file.
+
+    Args:
+      path: a run's workdir (also gs://), a file of ``fdm export`` (``.safetensors`` or ``.pt``), or a snapshot of the
+        PyTorch originals (``.pkl``), of which no code is executed.
+      checkpoint: of a run, see :func:`~fdm_jax.model.load_run`.
+
+    Raises:
+      UserError: it is none of these, damaged, or has no such checkpoint.
+    """
+    path = place(path)
+    if not path.is_file():
+        return load_run(path, checkpoint)
+    if checkpoint is not None:
+        raise UserError(f"{path} is a file, and only a run's workdir has checkpoints: leave {checkpoint!r} out.")
+    return load_file(path)
 
 
 def load_file(path: Path) -> Model:

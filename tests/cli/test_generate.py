@@ -11,7 +11,7 @@ from fdm_jax.cli import generate as generate_module
 from fdm_jax.cli.generate import parse_seeds
 from fdm_jax.cli.main import main
 from fdm_jax.errors import UserError
-from fdm_jax.model import load_model
+from fdm_jax.interop import load_model
 from fdm_jax.sampling.guidance import Guidance
 from fdm_jax.sampling.solvers import SOLVERS
 
