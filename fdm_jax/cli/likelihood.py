@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=path_argument,
         metavar="FILE",
-        help="the file of results (default: likelihood-SPLIT.jsonl in the workdir)",
+        help="the file of results (default: likelihood-SPLIT.jsonl or likelihood-SPLIT-exact.jsonl in the workdir)",
     )
 
 
@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     if spec.num_classes > experiment.num_classes:  # labels that it does not know would count as none
         raise UserError(f"The model knows {experiment.num_classes} classes, and {spec.name} has {spec.num_classes}.")
     num = min(args.num or len(source), len(source))
-    out = args.out or args.workdir / f"likelihood-{args.split.replace('/', '-')}.jsonl"
+    name = args.split.replace("/", "-") + "-exact" * args.exact
+    out = args.out or args.workdir / f"likelihood-{name}.jsonl"
     record = Record(out, {
         "workdir": str(resolved(args.workdir)), "data": spec.name, "source": args.data, "split": args.split,
         "draws": args.draws, "exact": args.exact, "tolerance": args.tolerance, "sigma_min": span[0],

@@ -1,6 +1,7 @@
 """`fdm likelihood` on the tiny run: per image, whatever the batch, continued, refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -52,6 +53,14 @@ def test_a_stop_in_the_middle_makes_no_difference(twelve, straight_run, tmp_path
 def test_other_settings_are_refused(twelve, straight_run, capsys):
     assert likelihood(straight_run, twelve, "--num=12", "--seed=1") == 2
     assert "holds results made with another seed" in capsys.readouterr().err
+
+
+def test_the_estimate_and_the_exact_figure_have_files_of_their_own(straight_run, tmp_path):
+    workdir = shutil.copytree(straight_run, tmp_path / "run")
+    for more in ([], ["--exact"]):
+        assert main(["likelihood", f"--workdir={workdir}", "--tolerance=1e-2", "--num=2", "--batch=8", *more]) == 0
+    estimate, exact = (bits(workdir / f"likelihood-{name}.jsonl") for name in ("test", "test-exact"))
+    assert estimate.keys() == exact.keys() == {0, 1} and estimate[0] == pytest.approx(exact[0], abs=0.5)
 
 
 def test_settings_without_results_stand_in_nobodys_way(tmp_path):
