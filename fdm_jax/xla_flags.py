@@ -1,4 +1,4 @@
-"""Flags of XLA's: one that a release of jaxlib needs to be as fast as the others, one that a trace of a GPU needs."""
+"""Flags of XLA's: one that releases of jaxlib need to be fast on CPUs, one that a trace of a GPU needs."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import importlib.metadata
 import importlib.util
 import os
 
-# The one release whose convolutions on CPUs are slow, and the last for Python 3.11.
-SLOW_CONVOLUTIONS = "0.10.2"
+# The first release with slow convolutions on CPUs, which is the last for Python 3.11, and the first that was not tried.
+SLOW_CONVOLUTIONS = ((0, 10, 2), (0, 13))
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer"
 
 
 def avoid_slow_convolutions() -> bool:
-    """Have jaxlib 0.10.2 compute convolutions on CPUs with Eigen, as other releases do; returns whether it will.
+    """Have jaxlib 0.10.2 to 0.12 compute convolutions on CPUs with Eigen, as releases before did; returns whether it will.
 
-    That release gives them to YNNPACK, which takes 1.8 times as long for the 3x3 convolutions of a U-Net (measured with
-    64 channels at 8x8 on a CPU with AVX-512; jax 0.8.2 to 0.10.1 and 0.12.0 are as fast with the flag as without).
+    They give them to YNNPACK.  In 0.10.2 that takes 1.8 times as long for the 3x3 convolutions of a U-Net (measured with
+    64 channels at 8x8 on a CPU with AVX-512).  In 0.11.2 and 0.12.0.1 it takes 1.5 times as long for the gradients of
+    their kernels (256 channels at 32x32), and a train step 1.14 to 1.22 times.  Up to 0.10.1 the flag makes no
+    difference, and XLA ends the program at a flag that it does not know: later releases are left alone.
     XLA reads the flag from the environment when JAX starts, so call it before that.  A flag that was set already
     stays.  Nothing is set where a plugin for accelerators is installed: it brings an XLA of its own, which may refuse
     flags that it does not know, and the CPU is then not what programs run on.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     accelerator = any(importlib.util.find_spec(plugin) for plugin in ("jax_plugins", "libtpu"))
-    if importlib.metadata.version("jaxlib") != SLOW_CONVOLUTIONS or accelerator or FLAG in flags:
+    version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:3] if part.isdecimal())
+    first, beyond = SLOW_CONVOLUTIONS
+    if not first <= version < beyond or accelerator or FLAG in flags:
         return False
     os.environ["XLA_FLAGS"] = f"{flags} {FLAG}=-individual_convolution".strip()
     return True
