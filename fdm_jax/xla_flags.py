@@ -17,7 +17,7 @@ def avoid_slow_convolutions() -> bool:
 
     They give them to YNNPACK.  In 0.10.2 that takes 1.8 times as long for the 3x3 convolutions of a U-Net (measured with
     64 channels at 8x8 on a CPU with AVX-512).  In 0.11.2 and 0.12.0.1 it takes 1.5 times as long for the gradients of
-    their kernels (256 channels at 32x32), and a train step 1.14 to 1.22 times.  Up to 0.10.1 the flag makes no
+    their kernels (256 channels at 32x32), and a train step 1.1 to 1.2 times.  Up to 0.10.1 the flag makes no
     difference, and XLA ends the program at a flag that it does not know: later releases are left alone.
     XLA reads the flag from the environment when JAX starts, so call it before that.  A flag that was set already
     stays.  Nothing is set where a plugin for accelerators is installed: it brings an XLA of its own, which may refuse
