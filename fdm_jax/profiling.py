@@ -48,8 +48,17 @@ def read_events(trace: Path) -> list[Event]:
     """
     import jax
 
+    planes = list(jax.profiler.ProfileData.from_file(str(trace)).planes)
+    # A host's calls that launch an operation are marked with its name as well; where there are devices, theirs count.
+    events = _events(plane for plane in planes if plane.name.startswith("/device:")) or _events(planes)
+    if not events:
+        raise UserError(f"The trace {trace} has no operations of a compiled program in it.")
+    return events
+
+
+def _events(planes: Iterable[Any]) -> list[Event]:
     events = []
-    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+    for plane in planes:
         lines = list(plane.lines)
         # TPUs have a line whose events are the operations; on GPUs and CPUs those that are say so.
         whole = [line for line in lines if line.name == "XLA Ops" and plane.name.startswith("/device:")]
@@ -61,8 +70,6 @@ def read_events(trace: Path) -> list[Event]:
                     start, duration = float(event.start_ns), float(event.duration_ns)
                     run = f"{stats.get('hlo_module')}#{stats['run_id']}" if "run_id" in stats else None
                     events.append(Event(plane.name, f"{line.name}#{place}", str(op), start, duration, run))
-    if not events:
-        raise UserError(f"The trace {trace} has no operations of a compiled program in it.")
     return events
 
 

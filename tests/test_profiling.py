@@ -37,6 +37,42 @@ def test_idle_between_programs():
     assert idle(events) == {"d": {"window": 100, "idle": 0.15, "between": 0.05, "longest_gap": 10}}
 
 
+# As XLA's profiler writes it on NVIDIA GPUs: a line per stream, and the calls that launch marked with the operation too.
+GPU_TRACE = """
+planes {
+  id: 1 name: "/device:GPU:0"
+  lines {
+    id: 7 name: "Stream #7(Compute,MemcpyD2D)" timestamp_ns: 1000
+    events { metadata_id: 1 offset_ps: 5000 duration_ps: 20000 stats { metadata_id: 1 str_value: "fusion.5" } }
+    events { metadata_id: 2 offset_ps: 30000 duration_ps: 10000 stats { metadata_id: 1 str_value: "cudnn.6" } }
+    events { metadata_id: 3 offset_ps: 50000 duration_ps: 10000 }
+  }
+  event_metadata { key: 1 value { id: 1 name: "fusion_5" } }
+  event_metadata { key: 2 value { id: 2 name: "sm90_xmma_fprop_implicit_gemm" } }
+  event_metadata { key: 3 value { id: 3 name: "MemcpyH2D" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+}
+planes {
+  id: 2 name: "/host:CUPTI"
+  lines {
+    id: 9 name: "CUDA API" timestamp_ns: 1000
+    events { metadata_id: 1 offset_ps: 0 duration_ps: 90000 stats { metadata_id: 1 str_value: "fusion.5" } }
+  }
+  event_metadata { key: 1 value { id: 1 name: "cuLaunchKernel" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+}
+"""
+
+
+def test_launches_on_the_host_are_not_operations(tmp_path):
+    trace = tmp_path / "t.xplane.pb"
+    trace.write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(GPU_TRACE))
+    line = "Stream #7(Compute,MemcpyD2D)#0"
+    assert profiling.read_events(trace) == [
+        Event("/device:GPU:0", line, "fusion.5", 1005, 20), Event("/device:GPU:0", line, "cudnn.6", 1030, 10),
+    ]  # fmt: skip
+
+
 # What three platforms write, in short: a custom call, a tuple, a fusion that is named by its inside, layouts with tiles.
 PROGRAM = """HloModule jit_step, is_scheduled=true
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -28,6 +29,9 @@ from fdm_jax.cli.checks import need_positive
 from fdm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    import jax
+    from ml_collections import ConfigDict
+
     from fdm_jax.families import Family
     from fdm_jax.networks import SongUNet
     from fdm_jax.training.step import TrainSpec
@@ -69,13 +73,17 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured: a network with all that belongs to it; ``spec.batch_size`` images at a time."""
+    """What is measured: a network with all that belongs to it; ``spec.batch_size`` images at a time.
+
+    ``parallel`` is how training uses the devices, see ``fdm_jax.training.parallel``.
+    """
 
     name: str
     network: SongUNet
     family: Family
     spec: TrainSpec
     image_shape: tuple[int, int, int]
+    parallel: str = "jit"
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
@@ -86,36 +94,48 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     """
     import jax
 
-    for case in configured_case(args) if args.config else builtin_cases(args.cifar10):
-        spec = dataclasses.replace(case.spec, batch_size=args.batch_size or case.spec.batch_size)
-        if spec.batch_size % (jax.device_count() * spec.accumulation):
+    for case in configured_case(args) if args.config else builtin_cases(args):
+        batch, rounds = case.spec.batch_size, case.spec.accumulation
+        if batch % (jax.device_count() * rounds):
             raise UserError(
-                f"The batch size is {spec.batch_size}, and must divide by {jax.device_count()} device(s) times "
-                f"{spec.accumulation} round(s) of accumulation: set --batch-size."
+                f"The batch size is {batch}, and must divide by {jax.device_count()} device(s) times "
+                f"{rounds} round(s) of accumulation: set --batch-size."
             )
-        network = case.network.clone(dtype=args.dtype) if args.dtype else case.network
-        if args.remat is not None:
-            network = network.clone(remat=_resolutions(args.remat))
-        yield dataclasses.replace(case, network=network, spec=spec)
+        yield case
 
 
-def _resolutions(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise UserError(f"--remat must be resolutions such as 32,16, and is {text!r}.") from None
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a configuration that ``--batch-size``, ``--dtype`` and ``--remat`` set."""
+    remat = None
+    if args.remat is not None:
+        try:
+            remat = tuple(int(part) for part in args.remat.split(",") if part.strip())
+        except ValueError:
+            raise UserError(f"--remat must be resolutions such as 32,16, and is {args.remat!r}.") from None
+    fields = {"train.batch_size": args.batch_size, "network.dtype": args.dtype, "remat": remat}
+    return {field: value for field, value in fields.items() if value is not None}
+
+
+def load_configured(args: argparse.Namespace) -> ConfigDict:
+    """The configuration, with what the arguments set in it: what one field allows may hang on another."""
+    from fdm_jax.cli.config import load
+
+    changes = [f"--config.{field}={value}" for field, value in settings(args).items()]
+    return load(argparse.Namespace(config=args.config, overrides=[*args.overrides, *changes]))
 
 
 def configured_case(args: argparse.Namespace) -> Iterator[Case]:
     """The network of ``--config``."""
-    from fdm_jax.cli.config import load
     from fdm_jax.experiment import Experiment
 
-    experiment = Experiment.from_config(load(args))
-    yield Case(args.config, experiment.network, experiment.family, experiment.spec, experiment.image_shape)
+    experiment = Experiment.from_config(load_configured(args))
+    yield Case(
+        args.config, experiment.network, experiment.family, experiment.spec, experiment.image_shape,
+        experiment.config.parallel,
+    )  # fmt: skip
 
 
-def builtin_cases(cifar10: bool) -> Iterator[Case]:
+def builtin_cases(args: argparse.Namespace) -> Iterator[Case]:
     """The two networks that are followed from version to version; their batch grows with the devices."""
     import jax
 
@@ -124,14 +144,19 @@ def builtin_cases(cifar10: bool) -> Iterator[Case]:
     from fdm_jax.networks import SongUNet
     from fdm_jax.training.step import TrainSpec
 
-    family = EDM(momentum=Momentum(multiplier=2.0))
+    family, changes = EDM(momentum=Momentum(multiplier=2.0)), settings(args)
+    batch_size = changes.pop("train.batch_size", None)
+    changes = {field.removeprefix("network."): value for field, value in changes.items()}
 
     def case(name: str, network: SongUNet, batch: int) -> Case:
-        spec = TrainSpec(batch_size=batch * jax.device_count(), learning_rate=1e-3, warmup_steps=200, num_classes=10)
-        return Case(name, network, family, spec, (network.resolution, network.resolution, network.channels))
+        spec = TrainSpec(
+            batch_size=batch_size or batch * jax.device_count(), learning_rate=1e-3, warmup_steps=200, num_classes=10
+        )
+        shape = (network.resolution, network.resolution, network.channels)
+        return Case(name, network.clone(**changes), family, spec, shape)
 
     yield case("digits", SongUNet(8, 1, 10, 9, "ddpmpp", 32, (1, 2), 4, 1, (), 0.13), 128)
-    if cifar10:
+    if args.cifar10:
         yield case("cifar10", SongUNet(32, 3, 10, 9, "ddpmpp", 128, (2, 2, 2), 4, 4, (16,), 0.13), 4)
 
 
@@ -156,11 +181,15 @@ def training_program(case: Case) -> Program:
 
     from fdm_jax.devices import make_mesh
     from fdm_jax.training.parallel import parallelise
-    from fdm_jax.training.step import init_state, make_train_step
+    from fdm_jax.training.starting import fresh_state
+    from fdm_jax.training.step import make_train_step
 
     network, spec = case.network, case.spec
-    parallel = parallelise("jit", lambda axis: make_train_step(network, case.family, spec, axis_name=axis), make_mesh())
-    state = parallel.put_state(jax.jit(lambda: init_state(network, spec, case.image_shape))())
+    parallel = parallelise(
+        case.parallel, lambda axis: make_train_step(network, case.family, spec, axis_name=axis), make_mesh()
+    )
+    _, init = fresh_state(network, spec, case.image_shape, parallel.state_sharding)
+    state = parallel.put_state(init())
     rng = np.random.default_rng(0)
     local = spec.batch_size // jax.process_count()
     batch = parallel.put_batch({
@@ -186,7 +215,8 @@ def bench_training(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     program = training_program(case)
     repeats = min(REPEATS, args.steps)
     seconds = time_calls(program.call, repeats, args.steps // repeats)
-    return _report("train", case, accounting.train_flops(case.network, case.image_shape), program, seconds, before)
+    flops = accounting.train_flops(case.network, case.image_shape)
+    return _report("train", case, flops, program, seconds, before) | {"parallel": case.parallel}
 
 
 def sampling_programs(case: Case, steps: int) -> tuple[Program, Program]:
@@ -200,20 +230,23 @@ def sampling_programs(case: Case, steps: int) -> tuple[Program, Program]:
     from fdm_jax.devices import make_mesh, replicated, sharded
     from fdm_jax.sampling.generate import make_generate_fn
     from fdm_jax.sampling.seeds import to_uint8
-    from fdm_jax.training.step import init_state
+    from fdm_jax.training.starting import fresh_state
 
     mesh, spec, network = make_mesh(), case.spec, case.network
     rows, whole = sharded(mesh), replicated(mesh)
     generate = make_generate_fn(network, case.family, case.image_shape, spec.num_classes, steps=steps)
 
-    def inputs() -> tuple[Any, ...]:
-        state = init_state(network, spec, case.image_shape)
+    # Made by training's program, which JAX's cache has already where training is measured too.
+    state = fresh_state(network, spec, case.image_shape, lambda like: jax.tree.map(lambda _: whole, like))[1]()
+    variables = {"params": state.ema, **state.constants}
+
+    def inputs() -> tuple[jax.Array, ...]:
         seeds = jnp.arange(spec.batch_size, dtype=jnp.uint32)
         labels = (seeds % max(spec.num_classes, 1)).astype(jnp.int32)
         images = jnp.ones((spec.batch_size, *case.image_shape))
-        return {"params": state.ema, **state.constants}, seeds, labels, images
+        return seeds, labels, images
 
-    variables, seeds, labels, images = jax.jit(inputs, out_shardings=(whole, rows, rows, rows))()
+    seeds, labels, images = jax.jit(inputs, out_shardings=rows)()
 
     def forward(variables: Any, images: jax.Array, labels: jax.Array) -> Any:
         class_labels = jax.nn.one_hot(labels, spec.num_classes) if spec.num_classes else None
@@ -290,10 +323,7 @@ def matmul_tflops(dtype: Any, size: int | None = None, seconds: float = MATMUL_S
         size = 1024 if jax.default_backend() == "cpu" else 8192
     # Entries of the product are of the size of the factors', so that it can be multiplied again and again.
     matrix = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5).astype(dtype)
-
-    @jax.jit
-    def chain(count: int, x: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, count, lambda _, y: y @ matrix, x)
+    chain = _product_chain()
 
     def best(count: int) -> float:
         return min(time_calls(lambda: chain(count, matrix), 3, 1))
@@ -302,6 +332,14 @@ def matmul_tflops(dtype: Any, size: int | None = None, seconds: float = MATMUL_S
     while best(count) < seconds / 2:
         count *= 2
     return count * 2 * size**3 / best(count) / 1e12
+
+
+@functools.cache  # compiled once for all measurements: on GPUs, choosing the kernel takes a while
+def _product_chain() -> Callable[[int, jax.Array], jax.Array]:
+    """(n, A) -> A^(n + 1), one product after another."""
+    import jax
+
+    return jax.jit(lambda count, matrix: jax.lax.fori_loop(0, count, lambda _, x: x @ matrix, matrix))
 
 
 def _peak_bytes() -> int | None:

@@ -132,16 +132,12 @@ def loop(args: argparse.Namespace) -> Traced:
     import jax
 
     from fdm_jax.ahead import lower_step
-    from fdm_jax.cli.bench import describe
-    from fdm_jax.cli.config import load
+    from fdm_jax.cli.bench import describe, load_configured
     from fdm_jax.experiment import Experiment, open_data
     from fdm_jax.training.loop import PROGRAMS_IN_FLIGHT, train
 
-    steps, remat = args.steps or 50, f"({args.remat},)" if args.remat else None
-    for field, value in (("train.batch_size", args.batch_size), ("network.dtype", args.dtype), ("remat", remat)):
-        if value is not None:
-            args.overrides.append(f"--config.{field}={value}")
-    config = load(args)
+    config = load_configured(args)
+    steps = args.steps or 50
     at_once = config.train.steps_at_once
     warm_up = max(LOOP_WARM_UP, (PROGRAMS_IN_FLIGHT + 1) * at_once)  # until as many are under way as ever
     images = config.train.batch_size * (warm_up + steps + 2 * at_once)

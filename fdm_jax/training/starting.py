@@ -13,8 +13,9 @@ import numpy as np
 
 from fdm_jax.errors import UserError
 from fdm_jax.experiment import Experiment, differing_fields
+from fdm_jax.networks import SongUNet
 from fdm_jax.training.checkpoints import Checkpoints, check_alike
-from fdm_jax.training.step import TrainState, init_state
+from fdm_jax.training.step import TrainSpec, TrainState, init_state
 from fdm_jax.whole_files import place, write_text
 
 # Which decide the shapes of the weights.
@@ -39,6 +40,30 @@ def check_configuration(checkpoints: Checkpoints, experiment: Experiment, workdi
         )
 
 
+def fresh_state(
+    network: SongUNet, spec: TrainSpec, image_shape: tuple[int, int, int], state_sharding: Callable[[Any], Any]
+) -> tuple[Any, Callable[[], TrainState]]:
+    """The state before the first step, where it is to lie: shapes with shardings, and what makes it.
+
+    Args:
+      network, spec, image_shape: see :func:`~fdm_jax.training.step.init_state`.
+      state_sharding: shapes of a state -> where each of its arrays is to lie.
+    """
+
+    def fresh() -> TrainState:
+        return init_state(network, spec, image_shape)
+
+    shapes = jax.eval_shape(fresh)
+    shardings = state_sharding(shapes)
+    init = jax.jit(
+        fresh,
+        out_shardings=shardings,
+        # Run once: LLVM's optimisations would take three times as long as they save.
+        compiler_options={"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None,
+    )
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings), init
+
+
 def initial_state(
     experiment: Experiment, state_sharding: Callable[[Any], Any], checkpoints: Checkpoints, workdir: Path
 ) -> tuple[TrainState, dict[str, Any] | None]:
@@ -54,19 +79,8 @@ def initial_state(
       UserError: there are checkpoints, and none can be read; or init_from names no model of this shape.
     """
 
-    def fresh() -> TrainState:
-        return init_state(experiment.network, experiment.spec, experiment.image_shape)
-
-    shapes = jax.eval_shape(fresh)
-    shardings = state_sharding(shapes)
-    init = jax.jit(
-        fresh,
-        out_shardings=shardings,
-        # Run once: LLVM's optimisations would take three times as long as they save.
-        compiler_options={"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None,
-    )
-    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-    restored = checkpoints.restore(like)
+    shapes, init = fresh_state(experiment.network, experiment.spec, experiment.image_shape, state_sharding)
+    restored = checkpoints.restore(shapes)
     if restored is not None:
         state, meta = restored
         return state, meta["data"]

@@ -73,6 +73,19 @@ def test_rematerialised_cases():
     assert digits.network.remat == ()
 
 
+def test_what_the_arguments_set_is_part_of_the_configuration():
+    """cuDNN's attention, for one, needs the bfloat16 that --dtype asks for."""
+    settings = {"dtype": "bfloat16", "remat": "8", "batch_size": 24}
+    overrides = ["--config.network.attention=cudnn", "--config.parallel=fsdp", "--config.network.dtype=float32"]
+    (case,) = cases(config=tiny.CONFIG, overrides=overrides, **settings)
+    assert (case.network.attention, case.network.dtype, case.network.remat) == ("cudnn", jnp.bfloat16, (8,))
+    assert (case.spec.batch_size, case.parallel) == (24, "fsdp")
+    with pytest.raises(UserError, match=r"needs network.dtype = 'bfloat16', and that is 'float32'"):
+        cases(config=tiny.CONFIG, overrides=overrides)
+    (case,) = cases(config=tiny.CONFIG, overrides=["--config.remat=(8,)"], remat="")
+    assert case.network.remat == ()
+
+
 class Memory:
     argument_size_in_bytes, output_size_in_bytes, alias_size_in_bytes, temp_size_in_bytes = (
         5 << 20,
