@@ -98,6 +98,30 @@ def own_times(events: Iterable[Event]) -> dict[str, tuple[float, int]]:
     return {op: (max(time, 0.0), runs[op]) for op, time in times.items()}
 
 
+def runs_by_order(events: Iterable[Event], program: str) -> list[Event]:
+    """The events of a trace that does not tell runs apart (of GPUs), with numbered runs, by the order of operations.
+
+    A run begins where the operations jump from the end of the program's schedule to its beginning.  Events that say
+    their run stay as they are, and so do all of a program with loops, whose operations jump back within a run.
+    """
+    events = list(events)
+    if any(event.run is not None for event in events) or re.search(r"\swhile\(", program):
+        return events
+    seen = {event.op for event in events}
+    schedule = [m[1] for line in program.partition("\nENTRY ")[2].splitlines() if (m := _INSTRUCTION.match(line))]
+    order = {op: place for place, op in enumerate(op for op in schedule if op in seen)}
+    runs: collections.Counter[str] = collections.Counter()
+    last: dict[str, int] = {}
+    numbered = []
+    for event in sorted(events, key=lambda e: e.start):
+        place = order.get(event.op, last.get(event.device, 0))
+        if last.get(event.device, 0) - place > len(order) / 2:  # streams beside each other jump back by less
+            runs[event.device] += 1
+        last[event.device] = place
+        numbered.append(dataclasses.replace(event, run=str(runs[event.device])))
+    return numbered
+
+
 def idle(events: Iterable[Event]) -> dict[str, dict[str, Any]]:
     """Per device, from its first operation to its last: nanoseconds ("window"), the share of them in which no
     operation ran ("idle"), that share's part between runs of programs, where the host is what is waited for ("between",
@@ -278,6 +302,6 @@ def summarise(
         summary[key] = [{"name": name} | timed(time) for name, time in ordered]
     summary["idle"] = {
         device: found | {"window": found["window"] / 1e6, "longest_gap": found["longest_gap"] / 1e6}
-        for device, found in idle(events).items()
+        for device, found in idle(runs_by_order(events, program)).items()
     }
     return summary

@@ -37,6 +37,19 @@ def test_idle_between_programs():
     assert idle(events) == {"d": {"window": 100, "idle": 0.15, "between": 0.05, "longest_gap": 10}}
 
 
+def test_runs_by_the_order_of_operations():
+    """A trace that begins amid a run and says of none which it is; two streams, on one of which c is early."""
+    program = "\nENTRY %main {\n" + "".join(f"  %{op} = f32[] add(%x)\n" for op in "xabcdy") + "}\n"
+    ops = ["c", "d", "a", "c", "b", "other", "d", "a"]
+    events = [Event("d", "a", op, 10 * i, 10 if op != "d" else 6) for i, op in enumerate(ops)]
+    assert [event.run for event in profiling.runs_by_order(events, program)] == list("00111112")
+    summary = profiling.summarise(events, program, {}, steps=2)
+    assert summary["idle"]["d"]["between"] == pytest.approx(8 / 80)
+    assert profiling.runs_by_order(events, program + "%w = f32[] while(%x)") == events
+    known = [Event("d", "a", op, i, 1, "7") for i, op in enumerate("dada")]
+    assert profiling.runs_by_order(known, program) == known
+
+
 # As XLA's profiler writes it on NVIDIA GPUs: a line per stream, and the calls that launch marked with the operation too.
 GPU_TRACE = """
 planes {

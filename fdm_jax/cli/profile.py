@@ -6,8 +6,8 @@
 
 --out then holds profile.txt (what is printed), profile.json (the same, unabridged) and the trace itself, which
 TensorBoard's profile plugin and https://ui.perfetto.dev (perfetto_trace.json.gz) show.  Times are those of operations on
-the devices; the idle share is how long a device had none to run between the first and the last, and where the trace tells
-them apart, how long between one run of a program and the next (waiting for the host or for data).  Of `train` and `sample`
+the devices; the idle share is how long a device had none to run between the first and the last, and where runs can be told
+apart, how long between one run of a program and the next (waiting for the host or for data).  Of `train` and `sample`
 images are synthetic, and loading is not in it.  `loop` is what `fdm train` does, from files to logged metrics, in a
 workdir that is thrown away; only checkpoints, samples and evaluations are left out.  On NVIDIA's GPUs operations are
 launched one by one here, not in CUDA graphs as otherwise, or the trace could not name them: a GPU may idle more.
