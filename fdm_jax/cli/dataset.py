@@ -133,6 +133,12 @@ def prepare(args: argparse.Namespace) -> int:
     if left_out:
         print(f"Left out in all: {len(left_out):,} bad pictures.")
     prepared = PreparedSource(folder, "all")
+    if before is None and (enlarged := prepared.metadata.get("enlarged")):
+        print(
+            f"Enlarged: {enlarged:,} of the pictures are smaller than {prepared.spec.resolution} pixels, and a model will "
+            "learn their blur: take them out of the source, or another --resolution.",
+            file=sys.stderr,
+        )
     where = "" if args.data_dir == default_data_dir() else f" --config.data.data_dir={args.data_dir}"
     took = f"in {time.monotonic() - began:.1f} s" if before is None else "before: delete its folder to make it anew"
     print(

@@ -123,7 +123,9 @@ class LocalImages(tfds.core.ShardBasedBuilder):
             for path, count in zip(split.filepaths, split.shard_lengths, strict=True):
                 if count and ArrayRecordReader(os.fspath(path)).num_records() != count:
                     raise OSError(f"{path} was not written to its end")
-        self.info.metadata.update(sha256=self._raw.checksum(), left_out=len(self._left_out))
+        self.info.metadata.update(
+            sha256=self._raw.checksum(), left_out=len(self._left_out), enlarged=self._raw.enlarged()
+        )
 
 
 class Cifar10(LocalImages):

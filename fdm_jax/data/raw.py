@@ -42,6 +42,7 @@ class RawData:
       num_classes: 0 if unlabelled.
       class_names: () if they are not known.
       checksum: SHA-256 of the source; to be asked once every image was read.
+      enlarged: how many pictures were smaller than the images made of them; likewise.
     """
 
     splits: Mapping[str, RawSplit]
@@ -50,6 +51,7 @@ class RawData:
     num_classes: int
     class_names: tuple[str, ...]
     checksum: Callable[[], str]
+    enlarged: Callable[[], int] = lambda: 0
 
 
 class ArraySplit:
@@ -89,6 +91,7 @@ class PictureSplit:
     def __init__(self, archive: Archive, names: Sequence[str], labels: np.ndarray | None, options: PictureOptions):
         self._archive, self._names, self.labels, self._options = archive, names, labels, options
         self._digests: dict[str, bytes] = {}
+        self._enlarged: set[str] = set()
         self._lock = threading.Lock()
         self.shape: tuple[int, ...] | None = None
 
@@ -102,13 +105,16 @@ class PictureSplit:
         digest = hashlib.sha256(data).digest()
         with self._lock:
             self._digests[name] = digest
-        image = image_files.decode_picture(data, where, self._options.channels)
-        image = image_files.fit(image, where, self._options.resolution, self._options.transform)
+        picture = image_files.decode_picture(data, where, self._options.channels)
+        image = image_files.fit(picture, where, self._options.resolution, self._options.transform)
         if self.shape is not None and image.shape != self.shape:
             raise UserError(
                 f"{where} is {image_files.ImageShape(*image.shape)}, but others are "
                 f"{image_files.ImageShape(*self.shape)}: make them alike, with --resolution or --channels."
             )
+        if min(picture.shape[:2]) < len(image):
+            with self._lock:
+                self._enlarged.add(name)
         return image
 
     def find_shape(self, skip_bad: bool) -> tuple[int, ...]:
@@ -120,6 +126,10 @@ class PictureSplit:
                 if not skip_bad:
                     raise
         raise UserError(f"{self._archive.path} holds no readable picture.")
+
+    def enlarged(self) -> int:
+        """How many of the pictures read were smaller than the images made of them."""
+        return len(self._enlarged)
 
     def lines(self) -> list[bytes]:
         """Name and digest of every file read, for a checksum."""
@@ -179,7 +189,11 @@ def read_pictures(
 
     num_classes = 0 if found is None else len(found.class_names) or int(found.classes.max()) + 1
     names_found = () if found is None else found.class_names
-    return RawData(splits, shape[0], shape[2], num_classes, names_found, checksum)
+
+    def enlarged() -> int:
+        return sum(split.enlarged() for split in splits.values())
+
+    return RawData(splits, shape[0], shape[2], num_classes, names_found, checksum, enlarged)
 
 
 def _split(archive: Archive, names: Sequence[str], splits: Sequence[str]) -> dict[str, tuple[str, list[str]]]:

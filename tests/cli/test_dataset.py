@@ -124,6 +124,17 @@ def test_bad_pictures_are_counted(photos, tmp_path, capsys):
     assert "Left out: dog/zero.png" in said.err and "Left out in all: 1 bad" in said.out and "(40 train)" in said.out
 
 
+def test_small_pictures_are_enlarged_but_not_in_silence(photos, tmp_path, capsys):
+    (photos / "dog" / "large.png").write_bytes(png(np.repeat(np.repeat(IMAGES[0, ..., 0], 2, 0), 2, 1)))
+    arguments = ("prepare", "folder", f"--source={photos}")
+    assert fdm(*arguments, f"--data_dir={tmp_path / 'a'}", "--resolution=12") == 0
+    assert "Enlarged: 40 of the pictures are smaller than 12 pixels" in capsys.readouterr().err
+    assert fdm(*arguments, f"--data_dir={tmp_path / 'a'}", "--resolution=12") == 0  # there already
+    assert "Enlarged" not in capsys.readouterr().err
+    assert fdm(*arguments, f"--data_dir={tmp_path / 'b'}", "--resolution=8") == 0
+    assert "Enlarged" not in capsys.readouterr().err
+
+
 def test_bench_prints_a_line_for_each_combination(photos, capsys):
     assert fdm("bench", photos, "--batch-size=4,8", "--threads=1,2", "--images=64", "--cache-mb=1") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
