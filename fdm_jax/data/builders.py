@@ -74,7 +74,7 @@ class LocalImages(tfds.core.ShardBasedBuilder):
         if raw.num_classes:
             names = {"names": list(raw.class_names)} if raw.class_names else {"num_classes": raw.num_classes}
             features["label"] = tfds.features.ClassLabel(**names)
-        return tfds.core.DatasetInfo(
+        return _LocalInfo(
             builder=self,
             description=(type(self).__doc__ or "").split("\n")[0],
             features=tfds.features.FeaturesDict(features),
@@ -126,6 +126,11 @@ class LocalImages(tfds.core.ShardBasedBuilder):
         self.info.metadata.update(
             sha256=self._raw.checksum(), left_out=len(self._left_out), enlarged=self._raw.enlarged()
         )
+
+
+class _LocalInfo(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: these sets are not among those of TFDS's bucket.  (It would leave an empty folder behind as well.)"""
 
 
 class Cifar10(LocalImages):

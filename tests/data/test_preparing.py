@@ -247,6 +247,14 @@ def test_bad_pictures_are_named_or_left_out_and_counted(path, tmp_path, pixels, 
     assert rest.metadata["left_out"] == 1 and len(rest) == 7
 
 
+def test_nothing_is_left_in_the_temporary_folder(path, tmp_path, monkeypatch, pixels):
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    source = path({f"{i}.png": png(image) for i, image in enumerate(pixels)})
+    folder, _ = prepare_dataset(Request(name="folder", source=source), tmp_path / "data")
+    assert len(PreparedSource(folder)) == 7 and not list(temporary.iterdir())
+
+
 def test_bad_pictures_first_last_and_alone(path, tmp_path, monkeypatch, pixels):
     monkeypatch.setattr("fdm_jax.data.builders.SHARD_BYTES", 2 * 48)  # two images a shard, so that the last is empty
     files = {"0/bad.png": b"", "zz/bad.png": b"x", "zz/worse.png": b"y"}
