@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     need_positive(args, "batch_size", "steps", "sampling_steps")
     for case in cases(args):
         for name in what:
+            print(f"{case.name}: compiling and timing {name}, {case.spec.batch_size} images at once", file=sys.stderr)
             print(json.dumps(MEASURES[name](case, args)), flush=True)
     return 0
 

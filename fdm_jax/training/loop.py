@@ -130,6 +130,8 @@ class _Run:
                 if each is not None:
                     closing.callback(each.close)
             stopping, programs = not self._make_up(stop), 0
+            if self.step < self.total_steps and not stopping:
+                self.progress.say("Compiling the train step: the first time, minutes for a large network.")
             while self.step < self.total_steps and not stopping:
                 self._send()
                 programs += 1
@@ -212,6 +214,10 @@ class _Run:
         if self.writers is not None:
             self.writers.scalars(row)
         self.progress.report(row.get("img_per_s", 0.0), f"loss {row['loss']:<8.4g}")
+        if bad := int(row["bad_gradients"]):
+            self.progress.say(
+                f"{self.nimg:>11,} images: {bad:,} values of gradients were not finite since the last line."
+            )
 
     def _averaged(self) -> dict[str, Any]:
         """The averaged weights as the network takes them."""

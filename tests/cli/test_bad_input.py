@@ -197,3 +197,12 @@ def test_gradients_that_stay_bad_end_the_run(capsys, tmp_path, data_dir):
     )  # fmt: skip
     sentence = refused(capsys, arguments, started=True)
     assert "not finite in 3 steps in a row" in sentence and "train.learning_rate" in sentence
+
+
+def test_gradients_that_are_bad_to_the_end_of_a_short_run_are_named(capsys, tmp_path, data_dir):
+    """Too short to be ended for it."""
+    changes = ["learning_rate=1e30", "lr_rampup_images=0", "images=64"]
+    arguments = tiny.arguments(tmp_path / "run", data_dir, *(f"--config.train.{change}" for change in changes))
+    assert main(arguments) == 0
+    said = capsys.readouterr().err
+    assert "values of gradients were not finite since the last line" in said
