@@ -164,6 +164,30 @@ def test_steps_in_a_row(reference_run, mode):
     assert int(parallel.get_state(state).step) == 2
 
 
+def orders(state):
+    """In which kernels lie in memory."""
+    return {leaf.format.layout.major_to_minor for leaf in jax.tree.leaves(state) if leaf.ndim == 4}
+
+
+@pytest.mark.device
+@needs_devices(2)
+def test_kernels_in_another_order_in_memory(reference_run, monkeypatch):
+    """As on GPUs: within the run alone, and with the same curve, whether step by step or in a row."""
+    order = parallel_module.KERNEL_LAYOUTS["gpu"]
+    monkeypatch.setitem(parallel_module.KERNEL_LAYOUTS, jax.default_backend(), order)
+    assert_same_run(run(devices=2), reference_run)
+    parallel = parallelise(
+        "jit", lambda axis: make_train_step(NETWORK, FAMILY, SPEC, axis_name=axis), make_mesh(jax.devices()[:2])
+    )
+    fresh = jax.jit(lambda: init_state(NETWORK, SPEC, (8, 8, 1)))()
+    first = parallel.put_state(fresh)
+    assert orders(first) == {(3, 0, 1, 2)}
+    second, metrics = parallel.steps(first, parallel.put_batches([batch_at(0), batch_at(1)]))
+    np.testing.assert_allclose(parallel.get_metrics(metrics)["loss"], reference_run[0][:2], rtol=2e-5)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))  # donated
+    assert orders(second) == {(3, 0, 1, 2)} and orders(parallel.get_state(second)) == {(0, 1, 2, 3)}
+
+
 @pytest.mark.device
 @needs_devices(4)
 def test_a_dealt_state_equals_a_whole_one(reference_run, monkeypatch):
