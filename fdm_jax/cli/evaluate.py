@@ -258,7 +258,8 @@ def make_reference(args: argparse.Namespace) -> int:
     }  # fmt: skip
     save_reference(Reference(*counted.result(), np.concatenate(kept) if kept else None, description), args.out)
     print(
-        f"{args.out}: mean and covariance of {extractor.width} numbers ({extractor.kind}) of {num:,} images of {spec}."
+        f"{args.out}: mean and covariance of {extractor.width} numbers ({extractor.kind}) of {num:,} of the "
+        f"{spec.num_images:,} images of {spec.name}."
     )
     return 0
 

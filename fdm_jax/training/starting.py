@@ -18,8 +18,9 @@ from fdm_jax.training.checkpoints import Checkpoints, check_alike
 from fdm_jax.training.step import TrainSpec, TrainState, init_state
 from fdm_jax.whole_files import place, write_text
 
-# Which decide the shapes of the weights.
+# Beginnings of those that decide the shapes of the weights, and of some among them that do not.
 SHAPING_FIELDS = ("network.", "augment.labels", "data.resolution", "data.channels", "data.num_classes")
+SHAPELESS_FIELDS = ("network.dtype", "network.dropout", "network.attention")
 
 
 def check_configuration(checkpoints: Checkpoints, experiment: Experiment, workdir: Path) -> None:
@@ -111,7 +112,7 @@ def weights_of_another_run(experiment: Experiment) -> Any:
         check_alike(variables, {"params": like.params, **like.constants}, "this configuration's network")
     except UserError as error:
         fields = differing_fields(meta["config"], experiment.config.to_dict())
-        shaping = ", ".join(field for field in fields if field.startswith(SHAPING_FIELDS))
+        shaping = ", ".join(f for f in fields if f.startswith(SHAPING_FIELDS) and not f.startswith(SHAPELESS_FIELDS))
         more = f" The configurations differ in {shaping}." if shaping else ""
         raise UserError(f"init_from={workdir} cannot be used: {error}{more}") from error
     if jax.process_index() == 0:

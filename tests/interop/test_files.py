@@ -205,9 +205,11 @@ def test_training_starts_from_an_import(tiny_import, start, tmp_path, capsys):
 
 def test_training_refuses_what_does_not_fit(tiny_import, start, tmp_path, capsys):
     capsys.readouterr()
-    sentence = refused(capsys, *start(tmp_path / "a", tiny_import, "--config.network.model_channels=8"))
+    changes = ("--config.network.model_channels=8", "--config.network.dtype=bfloat16")
+    sentence = refused(capsys, *start(tmp_path / "a", tiny_import, *changes))
     assert "cannot be used: the tensors are not those of this configuration's network" in sentence
     assert "The configurations differ in " in sentence and "network.model_channels (4 there, 8 here)." in sentence
+    assert "network.dtype" not in sentence  # of which the weights' shapes know nothing
     assert "There is no checkpoint in" in refused(capsys, *start(tmp_path / "b", tmp_path / "nowhere"))
     sentence = refused(capsys, *start(tiny_import, tiny_import))
     assert "holds an imported model" in sentence and "--init_from=" in sentence
