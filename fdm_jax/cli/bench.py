@@ -31,7 +31,6 @@ from fdm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import jax
-    from ml_collections import ConfigDict
 
     from fdm_jax.families import Family
     from fdm_jax.networks import SongUNet
@@ -118,19 +117,18 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {field: value for field, value in fields.items() if value is not None}
 
 
-def load_configured(args: argparse.Namespace) -> ConfigDict:
-    """The configuration, with what the arguments set in it: what one field allows may hang on another."""
-    from fdm_jax.cli.config import load
-
+def overriding(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, with ``settings`` as overrides of ``--config``: what one field allows may hang on another."""
     changes = [f"--config.{field}={value}" for field, value in settings(args).items()]
-    return load(argparse.Namespace(config=args.config, overrides=[*args.overrides, *changes]))
+    return argparse.Namespace(config=args.config, overrides=[*args.overrides, *changes])
 
 
 def configured_case(args: argparse.Namespace) -> Iterator[Case]:
     """The network of ``--config``."""
+    from fdm_jax.cli.config import load
     from fdm_jax.experiment import Experiment
 
-    experiment = Experiment.from_config(load_configured(args))
+    experiment = Experiment.from_config(load(overriding(args)))
     yield Case(
         args.config, experiment.network, experiment.family, experiment.spec, experiment.image_shape,
         experiment.config.parallel,

@@ -132,11 +132,12 @@ def loop(args: argparse.Namespace) -> Traced:
     import jax
 
     from fdm_jax.ahead import lower_step
-    from fdm_jax.cli.bench import describe, load_configured
+    from fdm_jax.cli.bench import describe, overriding
+    from fdm_jax.cli.config import load
     from fdm_jax.experiment import Experiment, open_data
     from fdm_jax.training.loop import PROGRAMS_IN_FLIGHT, train
 
-    config = load_configured(args)
+    config = load(overriding(args))
     steps = args.steps or 50
     at_once = config.train.steps_at_once
     warm_up = max(LOOP_WARM_UP, (PROGRAMS_IN_FLIGHT + 1) * at_once)  # until as many are under way as ever

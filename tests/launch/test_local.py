@@ -13,7 +13,8 @@ import tiny
 from fdm_jax.errors import RESTART_CODE
 
 # Process I of N does what the words after "train" say for it, such as "1:exit=3" for process 1.  Each attempt leaves
-# a line in the file "starts"; "once" limits a deed to the first attempt.
+# a line in the file "starts"; "once" limits a deed to the first attempt.  It sleeps in short pieces: Python handles a
+# signal that comes just before a sleep only after it.
 FDM = r"""
 import os, pathlib, signal, sys, time
 stage = pathlib.Path(os.environ["STAGE"])
@@ -40,7 +41,9 @@ for deed in deeds:
         if attempt:
             continue
     if name == "sleep":
-        time.sleep(float(value))
+        end = time.monotonic() + float(value)
+        while time.monotonic() < end:
+            time.sleep(0.02)
     elif name == "exit":
         os._exit(int(value))
     elif name == "kill":
