@@ -160,7 +160,8 @@ def test_of_a_real_program(tmp_path):
     events = profiling.read_events(trace)
     summary = profiling.summarise(events, compiled.as_text(), {}, steps=2)
     assert "not in the program" not in {row["name"] for row in summary["categories"]}
-    assert summary["categories"][0]["name"] == "matrix product"
+    # How long one took is not asked: on a busy machine any may wait in the middle.
+    assert sum(row["runs"] for row in summary["operations"] if row["category"] == "matrix product") == 30
     assert sum(row["share"] for row in summary["operations"]) == pytest.approx(1)
     (found,) = summary["idle"].values()
     assert 2 * summary["milliseconds"] <= found["window"] * 1.001 and 0 <= found["idle"] < 1
