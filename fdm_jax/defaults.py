@@ -55,6 +55,7 @@ def default_config() -> ConfigDict:
     config.data.resolution = placeholder(int)  # what the data must have; not set: what it has
     config.data.channels = placeholder(int)
     config.data.num_classes = placeholder(int)
+    config.data.class_names = ()  # in the order of the classes; not set: what the data call them
     config.data.xflip = False  # every image also mirrored
     config.data.max_images = placeholder(int)  # a random subset, of training images alone
     config.data.cache_mb = 512  # keep decoded images in memory up to this size

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,6 +21,7 @@ from fdm_jax.families import Family, make_family
 from fdm_jax.momentum import Momentum
 from fdm_jax.networks import SongUNet
 from fdm_jax.sampling.generate import GenerateFn, ModelDenoiser, make_generate_fn, make_model_denoiser
+from fdm_jax.sampling.seeds import choose_labels
 from fdm_jax.training.parallel import Parallel, parallelise
 from fdm_jax.training.step import TrainSpec, make_train_step
 
@@ -31,7 +33,7 @@ FREE_FIELDS = (
     "init_from", "train.images", "train.accumulation", "train.max_bad_steps", "train.steps_at_once",
     "log.", "checkpoint.", "samples.", "eval.",
     "parallel", "remat", "network.attention",
-    "data.source", "data.data_dir", "data.cache_mb", "data.threads", "data.workers", "data.device_prefetch",
+    "data.source", "data.data_dir", "data.class_names", "data.cache_mb", "data.threads", "data.workers", "data.device_prefetch",
 )  # fmt: skip
 
 
@@ -87,7 +89,15 @@ class Experiment:
                 "set --config.data.class_conditional=False."
             )
         config = config.copy_and_resolve_references()
-        config.data.update(shape if config.data.class_conditional else {**shape, "num_classes": None})
+        names = config.data.class_names or (data.class_names if data is not None else None) or ()
+        if not config.data.class_conditional:
+            config.data.update(shape | {"num_classes": None, "class_names": ()})
+        elif len(names) > shape["num_classes"] or len(set(names)) < len(names):
+            raise UserError(
+                f"data.class_names must be {shape['num_classes']} different names, and is {', '.join(map(str, names))}."
+            )
+        else:
+            config.data.update(shape | {"class_names": names})
         image_shape = (shape["resolution"], shape["resolution"], shape["channels"])
         spec = _train_spec(config, shape["num_classes"])
         if config.network.dtype not in DTYPES:
@@ -116,6 +126,10 @@ class Experiment:
             image_shape,
             shape["num_classes"],
         )
+
+    def choose_labels(self, chosen: Any, seeds: np.ndarray) -> np.ndarray:
+        """The class of each seed: :func:`fdm_jax.sampling.seeds.choose_labels`, which knows the names of its data's."""
+        return choose_labels(chosen, seeds, self.num_classes, self.config.data.class_names)
 
     def model_denoiser(self, **options: Any) -> ModelDenoiser:
         """D(x; sigma) of its model: :func:`~fdm_jax.sampling.generate.make_model_denoiser`, which takes the options."""

@@ -110,7 +110,7 @@ class Model:
         """Build sample(seeds, labels=None) -> images, uint8 [N, H, W, C]: those of ``fdm generate`` for the same seeds.
 
         It runs on all devices of this process, is compiled at its first call, and takes integers from 0 to 2^32 - 1 and
-        a class for all of them, one for each, or none: then the seed draws it.
+        a class, by number or name, for all of them, one for each, or none: then the seed draws it.
 
         Args:
           batch_size: images at a time, rounded up to a multiple of the devices.
@@ -128,7 +128,7 @@ class Model:
 
         def sample(seeds: Sequence[int] | np.ndarray, labels: Any = None) -> np.ndarray:
             seeds = draws.as_seeds(seeds)
-            labels = draws.choose_labels(labels, seeds, self.experiment.num_classes)
+            labels = self.experiment.choose_labels(labels, seeds)
             return np.concatenate(list(generator(variables, seeds, labels)))
 
         return sample

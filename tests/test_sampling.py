@@ -15,7 +15,7 @@ from fdm_jax.momentum import Momentum
 from fdm_jax.sampling import Churn, edm_sample, edm_sigmas, sampling_range
 from fdm_jax.sampling.edm import evaluation_sigmas
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
-from fdm_jax.sampling.seeds import churn_noise, dequantise, labels, latents, signs, to_uint8
+from fdm_jax.sampling.seeds import choose_labels, churn_noise, dequantise, labels, latents, signs, to_uint8
 
 
 def mixture_denoiser(data, kind):
@@ -172,6 +172,20 @@ def test_seeds_without_labels_are_refused():
     generator = BatchedGenerator(lambda variables, seeds, labels: seeds, make_mesh(), 8)
     with pytest.raises(UserError, match="there are 3 seeds and 2 labels"):
         next(generator({}, np.arange(3), np.zeros(2)))
+
+
+def test_classes_by_number_and_by_name():
+    seeds, names = np.arange(3, dtype=np.uint32), ("cat", "dog", "owl")
+    for chosen in (2, "owl", [2, 2, 2], ["owl"] * 3):
+        np.testing.assert_array_equal(choose_labels(chosen, seeds, 3, names), [2, 2, 2])
+    np.testing.assert_array_equal(choose_labels(["owl", "cat", "dog"], seeds, 3, names), [2, 0, 1])
+    np.testing.assert_array_equal(choose_labels(None, seeds, 3, names), labels(jnp.asarray(seeds), 3))
+    with pytest.raises(UserError, match="knows no class 'dig': did you mean 'dog'?"):
+        choose_labels(["owl", "dig", "dog"], seeds, 3, names)
+    with pytest.raises(UserError, match="must be from 0 to 2, and is 'owl'."):  # of a run whose data name none
+        choose_labels("owl", seeds, 3)
+    with pytest.raises(UserError, match="must be left out, since this model knows no classes, and is 'owl'."):
+        choose_labels("owl", seeds, 0)
 
 
 def test_a_seed_means_the_same_whatever_generator_is_jaxs_default():

@@ -13,6 +13,9 @@ from ml_collections import ConfigDict, config_flags
 from fdm_jax.defaults import default_config, field_names, flatten
 from fdm_jax.errors import UserError, nearest
 
+# The only tuple of texts; all others are of whole numbers.
+NAMES = "data.class_names"
+
 
 def add_config_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add ``--config``; what follows it as ``--config.x.y=value`` is collected into ``args.overrides``."""
@@ -76,8 +79,17 @@ def _check_values(config: ConfigDict) -> None:
     for field, value in flatten(config.to_dict()).items():
         if value is None and defaults.get(field) is not None:
             raise UserError(f"{field} has no value, and needs one such as {defaults[field]}.")
-        if isinstance(value, tuple) and not all(type(part) is int for part in value):
+        if isinstance(value, tuple) and not all(map(_is_name if field == NAMES else _is_whole, value)):
             raise _wrong_type(config, field, str(value))
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int
+
+
+def _is_name(value: object) -> bool:
+    # A comma: cat,dog without quotation marks would come here as one name.
+    return isinstance(value, str) and value != "" and "," not in value
 
 
 def _load_file(path: str, name: str) -> ConfigDict:
@@ -126,7 +138,7 @@ def _wrong_type(config: ConfigDict, field: str, value: str) -> UserError:
         int: "a whole number",
         float: "a number",
         str: "text",
-        tuple: "a list of whole numbers such as (1, 2, 2)",
+        tuple: "names such as ('cat', 'dog')" if field == NAMES else "a list of whole numbers such as (1, 2, 2)",
     }
     return UserError(
         f"{field} must be {kinds.get(node.get_type(leaf), node.get_type(leaf).__name__)}, and is {value!r}."

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shlex
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,7 @@ def prepare(args: argparse.Namespace) -> int:
             "learn their blur: take them out of the source, or another --resolution.",
             file=sys.stderr,
         )
-    where = "" if args.data_dir == default_data_dir() else f" --config.data.data_dir={args.data_dir}"
+    where = "" if args.data_dir == default_data_dir() else f" --config.data.data_dir={shlex.quote(str(args.data_dir))}"
     took = f"in {time.monotonic() - began:.1f} s" if before is None else "before: delete its folder to make it anew"
     print(
         f"Prepared {prepared.spec} ({prepared.splits}), {took}.\n"

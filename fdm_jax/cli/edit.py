@@ -23,6 +23,7 @@ from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.sampling import (
     Loaded,
     add_checkpoint_argument,
+    add_class_argument,
     add_sampling_arguments,
     check_noise,
     choose_steps,
@@ -59,13 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(**DEFAULTS)
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     parser.add_argument("--seeds", default="0-7", help="such as 0-7 or 3,7 (default: %(default)s)")
-    parser.add_argument(
-        "--class",
-        dest="label",
-        type=int,
-        metavar="N",
-        help="of the results (default: by seed, in interpolate by the first)",
-    )
+    add_class_argument(parser, "of the results (default: by seed, in interpolate by the first)")
     add_checkpoint_argument(parser)
     add_sampling_arguments(parser)
 
@@ -76,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax import pictures
     from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
-    from fdm_jax.sampling.seeds import choose_labels, to_uint8
+    from fdm_jax.sampling.seeds import to_uint8
 
     _check(args)
     seeds = parse_seeds(args.seeds)
@@ -90,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     known = read_image(args.image, shape, args.action == "colorise") if args.image else None
     mask = (read_image(args.mask, (*shape[:2], 1), False) > 0).astype(float) if args.mask else None
     generate, variables = make_edit(args, model, seeds, known, mask)
-    labels = choose_labels(args.label, seeds, experiment.num_classes)
+    labels = experiment.choose_labels(args.label, seeds)
     if args.action == "interpolate":  # a frame takes the place of a seed
         seeds, labels = np.arange(count), np.repeat(labels[:1], count)
     generator = BatchedGenerator(generate, make_mesh(jax.local_devices()), min(args.batch, count))

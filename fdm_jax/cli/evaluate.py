@@ -34,7 +34,7 @@ from fdm_jax.cli.features import FEATURES, extract_all, gather
 from fdm_jax.cli.images import existing_images, generated_images
 from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.record import write_json
-from fdm_jax.cli.sampling import add_checkpoint_argument, add_sampling_arguments, check_noise
+from fdm_jax.cli.sampling import add_checkpoint_argument, add_class_argument, add_sampling_arguments, check_noise
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import remove_folder
 
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
+    add_class_argument(parser)
     add_checkpoint_argument(parser)
     add_sampling_arguments(parser)
 

@@ -26,6 +26,7 @@ from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.record import SETTINGS, made_otherwise, read_settings
 from fdm_jax.cli.sampling import (
     add_checkpoint_argument,
+    add_class_argument,
     add_sampling_arguments,
     check_noise,
     load_with_guide,
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, type=path_argument, metavar="PATH", help="a folder, or a file ending in .png or .npz"
     )
     parser.add_argument("--seeds", default="0-63", help="such as 0-63 or 1,2,5-9 (default: %(default)s)")
-    parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
+    add_class_argument(parser)
     add_checkpoint_argument(parser)
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     parser.add_argument("--columns", type=int, metavar="N", help="of a grid (default: as square as it gets)")
@@ -91,10 +92,9 @@ def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
 
     from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
-    from fdm_jax.sampling.seeds import choose_labels
 
     model = load_with_guide(args)
-    labels = choose_labels(args.label, seeds, model.experiment.num_classes)
+    labels = model.experiment.choose_labels(args.label, seeds)
     sampler = make_sampler(args, model)
     out, first = _Output(args.out), jax.process_index() == 0
     if first:

@@ -47,7 +47,6 @@ def generated_images(args: argparse.Namespace) -> Images:
 
     from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
-    from fdm_jax.sampling.seeds import choose_labels
 
     model = load_with_guide(args)
     sampler, num = make_sampler(args, model), args.num or 50_000
@@ -58,7 +57,7 @@ def generated_images(args: argparse.Namespace) -> Images:
 
     def make(start: int, stop: int) -> np.ndarray:
         seeds = (args.first_seed + np.arange(start, stop)).astype(np.uint32)
-        labels = choose_labels(args.label, seeds, model.experiment.num_classes)
+        labels = model.experiment.choose_labels(args.label, seeds)
         return np.concatenate(list(generator(sampler.variables, seeds, labels)))
 
     settings = sampler.settings | {"nfe": sampler.nfe, "weights": "EMA", "first_seed": args.first_seed, "num": num}

@@ -187,6 +187,18 @@ class Loaded(NamedTuple):
         return own | ({f"guide_{name}": value for name, value in self.guide.describe().items()} if self.guide else {})
 
 
+def add_class_argument(parser: argparse.ArgumentParser, text: str = "this class for all (default: by seed)") -> None:
+    """--class, a number or a name, as ``args.label``."""
+    parser.add_argument("--class", dest="label", type=_class, metavar="CLASS", help=f"number or name: {text}")
+
+
+def _class(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
     """--checkpoint."""
     parser.add_argument(

@@ -29,6 +29,7 @@ from fdm_jax.cli.sampling import (
     CHURN,
     Loaded,
     add_checkpoint_argument,
+    add_class_argument,
     add_range_and_guidance,
     check_tolerance,
     load_guidance,
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grids", default="edm", help="edm, log-snr, vp-uniform, vp-quadratic (default: %(default)s)")
     parser.add_argument("--nfe", default="5,9,17,35", help="at most so many evaluations (default: %(default)s)")
     parser.add_argument("--seeds", default="0-63", help="of the distance, such as 0-63 (default: %(default)s)")
-    parser.add_argument("--class", dest="label", type=int, metavar="N", help="this class for all (default: by seed)")
+    add_class_argument(parser)
     parser.add_argument("--tolerance", type=float, default=1e-5, help="of the ODE's solution (default: %(default)s)")
     parser.add_argument(
         "--ref", type=place_argument, metavar="STATS.npz", help="statistics of real images (fdm evaluate ref)"
@@ -181,7 +182,7 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
     from fdm_jax.devices import in_batches, make_mesh, replicated, sharded
     from fdm_jax.sampling.flow import reference_samples
     from fdm_jax.sampling.grids import check_range, sampling_range
-    from fdm_jax.sampling.seeds import choose_labels, latents
+    from fdm_jax.sampling.seeds import latents
 
     file = args.out / "reference.npy"
     if file.exists():
@@ -203,7 +204,7 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
         return solved.x, solved.ok
 
     jitted = jax.jit(solve, in_shardings=(whole, rows, rows), out_shardings=(rows, whole))
-    labels, parts = choose_labels(args.label, seeds, experiment.num_classes), []
+    labels, parts = experiment.choose_labels(args.label, seeds), []
     size = -(-min(args.batch, len(seeds)) // mesh.size) * mesh.size
     for count, batch in in_batches(size, seeds, labels):
         x, ok = jitted(variables, *batch)
@@ -234,14 +235,12 @@ def judge_case(
     from fdm_jax.evaluation.frechet import frechet_distance
     from fdm_jax.evaluation.moments import Moments
     from fdm_jax.sampling.generate import BatchedGenerator, check_finite
-    from fdm_jax.sampling.seeds import choose_labels
     from fdm_jax.sampling.solvers import SOLVERS
 
-    classes = model.experiment.num_classes
     generator = BatchedGenerator(sampler.generate, make_mesh(), min(args.batch, len(seeds)), quantise=False)
 
     def sample(seeds: np.ndarray) -> np.ndarray:
-        labels = choose_labels(args.label, seeds, classes)
+        labels = model.experiment.choose_labels(args.label, seeds)
         images = np.concatenate(list(generator(sampler.variables, seeds, labels)))
         check_finite(seeds, np.isfinite(images).all(axis=(1, 2, 3)))
         return images

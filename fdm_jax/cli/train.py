@@ -13,6 +13,7 @@ see.  SIGTERM to one of them saves in all at the same step, and ends them with e
 from __future__ import annotations
 
 import argparse
+import sys
 
 from fdm_jax.cli.distributed import add_distributed_argument, joined
 from fdm_jax.cli.places import place_argument
@@ -64,6 +65,13 @@ def run(args: argparse.Namespace) -> int:
             processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
             kind = jax.devices()[0].device_kind
             print(f"Data: {source.spec}. Devices: {jax.device_count()} x {kind}{processes}.", flush=True)
+            if experiment.num_classes > source.spec.num_classes:
+                print(
+                    f"fdm train: warning: the network is for {experiment.num_classes} classes and the data have "
+                    f"{source.spec.num_classes}: of the others it learns nothing, and samples of them will be of no use. "
+                    f"To leave them out, set --config.data.num_classes={source.spec.num_classes}.",
+                    file=sys.stderr,
+                )
         if args.dry_run:
             check(experiment)
             if jax.process_index() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from fdm_jax.data.archives import open_archive
@@ -85,7 +86,7 @@ def _open(name: str, split: str, data_dir: Path, use_labels: bool) -> Source:
             return PreparedSource(local_copy(folder), split)
     if not path.exists():
         if known:
-            where = "" if data_dir == default_data_dir() else f" --data_dir={data_dir}"
+            where = "" if data_dir == default_data_dir() else f" --data_dir={shlex.quote(str(data_dir))}"
             kind = name.split("/")[0]
             raise UserError(
                 f"{name} is not prepared in {data_dir}, and nothing is downloaded: do `fdm dataset prepare {kind} "

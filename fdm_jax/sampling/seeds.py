@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdm_jax.errors import UserError
+from fdm_jax.errors import UserError, nearest
 
 # Named, as not every generator that JAX can be set to keeps a draw apart from those vmapped beside it.
 GENERATOR = "threefry2x32"
@@ -52,17 +52,32 @@ def labels(seeds: jax.Array, num_classes: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes, jnp.int32))(_keys(seeds, _LABEL))
 
 
-def choose_labels(chosen: int | Sequence[int] | np.ndarray | None, seeds: np.ndarray, num_classes: int) -> np.ndarray:
+def choose_labels(
+    chosen: int | str | Sequence[int | str] | np.ndarray | None,
+    seeds: np.ndarray,
+    num_classes: int,
+    class_names: Sequence[str] = (),
+) -> np.ndarray:
     """The class of each seed, int32 [B]: the ``chosen`` one, for all or each of them, or without one that of :func:`labels`.
+
+    Classes are chosen by number, or by name where ``class_names`` gives theirs.
 
     Raises:
       UserError: the model does not know the class.
     """
     if chosen is None:
         return np.asarray(labels(jnp.asarray(seeds), num_classes))
-    classes = np.asarray(chosen, np.int32)
+    right = f"from 0 to {num_classes - 1}" if num_classes else "left out, since this model knows no classes"
+    classes = np.asarray(chosen)
+    if classes.dtype.kind == "U":
+        for wrong in sorted(set(classes.flat) - set(class_names)):
+            if class_names:
+                raise UserError(f"The model knows no class {str(wrong)!r}: {nearest(wrong, class_names)}")
+            raise UserError(f"The class must be {right}, and is {str(wrong)!r}.")
+        numbers = {name: number for number, name in enumerate(class_names)}
+        classes = np.array([numbers[name] for name in classes.flat], np.int32).reshape(classes.shape)
+    classes = classes.astype(np.int32)
     for wrong in classes[(classes < 0) | (classes >= num_classes)].flat:
-        right = f"from 0 to {num_classes - 1}" if num_classes else "left out, since this model knows no classes"
         raise UserError(f"The class must be {right}, and is {wrong}.")
     return classes if classes.ndim else np.full(len(seeds), classes)
 

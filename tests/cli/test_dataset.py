@@ -33,11 +33,11 @@ def fdm(*arguments):
 
 
 def test_from_photos_to_a_prepared_set(photos, tmp_path, capsys):
-    data_dir = tmp_path / "data"
+    data_dir = tmp_path / "of mine"  # what is printed goes into a shell
     assert fdm("prepare", "folder", f"--source={photos}", f"--data_dir={data_dir}") == 0
     said = capsys.readouterr().out
     assert "folder/photos, 40 images of 8x8x1, 3 classes (cat, dog, owl) (40 train)" in said
-    assert f"--config.data.source=folder/photos --config.data.data_dir={data_dir}" in said
+    assert f"--config.data.source=folder/photos --config.data.data_dir='{data_dir}'" in said
     assert fdm("prepare", "folder", f"--source={photos}", f"--data_dir={data_dir}") == 0  # again: nothing to do
     assert "(40 train), before: delete" in capsys.readouterr().out
 
@@ -82,6 +82,22 @@ def test_every_form_of_the_data_trains(photos, tmp_path, capsys):
         assert main(arguments) == 0
         said = capsys.readouterr()
         assert images == 32 or f"Going on from step {images // 16 - 2}" in said.err
+
+    made = [tmp_path / name for name in ("dog.npz", "1.npz")]
+    for path in made:
+        arguments = [f"--workdir={tmp_path / 'run'}", "--seeds=0-7", "--steps=2", f"--class={path.stem}"]
+        assert main(["generate", *arguments, f"--out={path}"]) == 0
+    by_name, by_number = map(np.load, made)
+    np.testing.assert_array_equal(by_name["label"], [1] * 8)
+    np.testing.assert_array_equal(by_name["image"], by_number["image"])
+    assert main(["generate", *arguments[:-1], "--class=dag", f"--out={tmp_path / 'x.png'}"]) == 2
+    assert "knows no class 'dag': did you mean 'dog'?" in capsys.readouterr().err
+
+
+def test_classes_that_the_data_lack_are_named(photos, tmp_path, capsys):
+    arguments = tiny.arguments(tmp_path / "run", f"--config.data.source={photos}", "--config.data.num_classes=10")
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "the network is for 10 classes and the data have 3" in capsys.readouterr().err
 
 
 def test_statistics_of_three_channels_without_classes(archives_zip, capsys):

@@ -168,6 +168,7 @@ def test_a_file_of_another_program_in_the_place_of_the_settings(straight_run, tm
         (["--seeds=4294967296"], "go up to 4294967295"),
         (["--seeds=1,0-3"], "name one seed twice"),
         (["--class=10"], "The class must be from 0 to 9, and is 10"),
+        (["--class=three"], "The model knows no class 'three': choose one of 0, 1, 2, 3"),
         (["--checkpoint=7"], "no checkpoint of step 7: choose one of 8, 12, 16, 20"),
         (["--batch=0"], "--batch must be 1 or more"),
     ],
