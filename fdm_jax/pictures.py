@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def curves_png(
       path: the file.
       series: {name: (x, y)}; the names are shown if there are several.
       xlabel, ylabel: what the axes are.
-      logx, logy: whether the axes are logarithmic.
+      logx, logy: whether the axes are logarithmic; that of y is where its values differ much.
       marker: matplotlib's mark of each point, such as "o".
 
     Raises:
@@ -89,8 +90,10 @@ def curves_png(
     if logx:
         axes.set_xscale("log")
         own_ticks(axes.xaxis, (value for x, _ in series.values() for value in x))
+    else:
+        thousands(axes)
     if logy:
-        axes.set_yscale("log")
+        log_scale(axes.yaxis, [value for _, y in series.values() for value in y if np.isfinite(value)])
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     if len(series) > 1:
@@ -104,6 +107,32 @@ def own_ticks(axis: Any, values: Iterable[float]) -> None:
     if len(ticks) <= 12:
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_ticks([], minor=True)
+
+
+def thousands(panel: Any) -> None:
+    """1000000 -> "1M" along the x axis."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(5))
+    if panel.get_xlim()[1] >= 1000:
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def log_scale(axis: Any, values: Sequence[float], least: float = 2.5) -> None:
+    """Logarithmic where values span more than a factor of ``least``, with ticks that are read easily; else as it is."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    if not values or min(values) <= 0 or max(values) < least * min(values):
+        return
+    low, high = min(values) / 1.1, max(values) * 1.1
+    decades = math.log10(high / low)
+    steps = (1,) if decades > 3.5 else (1, 3) if decades > 2 else (1, 2, 5) if decades > 1 else (1, 1.5, 2, 3, 4, 6, 8)
+    every = [s * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for s in steps]
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    getattr(axis.axes, f"set_{axis.axis_name}lim")(low, high)
+    axis.set_major_locator(FixedLocator([tick for tick in every if low <= tick <= high]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def rows_png(path: str | os.PathLike[str], rows: Mapping[str, np.ndarray]) -> None:

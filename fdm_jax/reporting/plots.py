@@ -1,4 +1,4 @@
-"""Plots as PNG, and all there is of matplotlib; it is imported only when one is drawn."""
+"""Plots of runs beside each other as PNG; matplotlib is imported only when one is drawn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fdm_jax.pictures import own_ticks
+from fdm_jax.pictures import log_scale, own_ticks, thousands
 from fdm_jax.reporting.runs import Case, Pair, Point, Run, common_point
 
 
@@ -57,9 +57,9 @@ def curves_png(runs: Sequence[Run], figure: str, label: str) -> bytes | None:
         for run in runs:
             _line(panel, run, [(x, p) for p in run.points(figure) if (x := axis.place(run, p)) is not None])
         panel.set_xlabel(axis.label)
-        _thousands(panel)
+        thousands(panel)
     panels[0].set_ylabel(label)
-    _scale(panels[0].yaxis, [p.value for run in runs for p in run.points(figure)])
+    log_scale(panels[0].yaxis, [p.value for run in runs for p in run.points(figure)])
     return _png(canvas)
 
 
@@ -81,8 +81,8 @@ def small_png(runs: Sequence[Run], panels: Sequence[tuple[str, Mapping[str, list
         place.set_title(_literal(title), fontsize="medium")
         # Panels of one quantity are all drawn in one way.
         values = [point.value for each in points.values() for point in each]
-        _scale(place.yaxis, values, 1.4 if title.startswith("σ") else 2.5)
-        _thousands(place)
+        log_scale(place.yaxis, values, 1.4 if title.startswith("σ") else 2.5)
+        thousands(place)
     for place in places[len(panels) :]:
         place.set_visible(False)
     for place in places[max(len(panels) - columns, 0) : len(panels)]:
@@ -99,7 +99,7 @@ def sigma_png(runs: Sequence[Run], pairs: Sequence[Pair]) -> bytes:
     }
     for run in runs:
         _line(panels[0], run, last[run.name])
-    _scale(panels[0].yaxis, [point.value for places in last.values() for _, point in places])
+    log_scale(panels[0].yaxis, [point.value for places in last.values() for _, point in places])
     panels[0].set_ylabel("held-out error")
     if ratios:
         panels[1].axhline(1, color="#888888", linewidth=1)
@@ -138,7 +138,7 @@ def sweep_png(cases: Sequence[Case], figures: Sequence[str], marks: Mapping[str,
             panel.plot(nfe, value, run.dash, color=run.colour, marker=marks[solver], markersize=5, linewidth=1.2)
         panel.set_xscale("log")
         own_ticks(panel.xaxis, [case.nfe for case in of_figure])
-        _scale(panel.yaxis, [case.values[figure][0] for case in of_figure])
+        log_scale(panel.yaxis, [case.values[figure][0] for case in of_figure])
         panel.set_title(_literal(figure.replace(", ", "\n", 1)), fontsize="medium")
         panel.set_xlabel("function evaluations")
     for panel in panels[len(figures) :]:
@@ -177,32 +177,6 @@ def _line(panel: Any, run: Run, places: Sequence[tuple[float, Point]]) -> None:
 def _literal(text: str) -> str:
     """Text of others, for matplotlib, which takes what is between dollars for a formula."""
     return text.replace("$", r"\$")
-
-
-def _thousands(panel: Any) -> None:
-    """1000000 -> "1M" along the x axis."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    panel.xaxis.set_major_locator(MaxNLocator(5))
-    if panel.get_xlim()[1] >= 1000:
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-
-
-def _scale(axis: Any, values: Sequence[float], least: float = 2.5) -> None:
-    """Logarithmic where values span more than a factor of ``least``, with ticks that are read easily; else as it is."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    if not values or min(values) <= 0 or max(values) < least * min(values):
-        return
-    low, high = min(values) / 1.1, max(values) * 1.1
-    decades = math.log10(high / low)
-    steps = (1,) if decades > 3.5 else (1, 3) if decades > 2 else (1, 2, 5) if decades > 1 else (1, 1.5, 2, 3, 4, 6, 8)
-    every = [s * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for s in steps]
-    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    getattr(axis.axes, f"set_{axis.axis_name}lim")(low, high)
-    axis.set_major_locator(FixedLocator([tick for tick in every if low <= tick <= high]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
 
 
 def _png(canvas: Any) -> bytes:
