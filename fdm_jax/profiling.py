@@ -79,7 +79,13 @@ def _leading_name(text: str) -> str:
 
 
 def own_times(events: Iterable[Event]) -> dict[str, tuple[float, int]]:
-    """Nanoseconds and number of runs of each operation, without the operations that ran inside of it (of a loop)."""
+    """Nanoseconds and number of runs of each operation, without what it spent inside of another or waiting for one.
+
+    Of an operation that ends within another, which is a loop's body, the time is its own and not the loop's.  One that
+    only begins within another on the same line is launched early, as NVIDIA's GPUs do (programmatic dependent launch),
+    and waits for it: its own time begins where the other ends.  (A convolution's 1.8 ms on an H200 would otherwise be
+    those of a sum of 0.3 MB after it.)
+    """
     times: dict[str, float] = collections.defaultdict(float)
     runs: collections.Counter[str] = collections.Counter()
     lines = collections.defaultdict(list)
@@ -90,9 +96,10 @@ def own_times(events: Iterable[Event]) -> dict[str, tuple[float, int]]:
         for event in sorted(line, key=lambda e: (e.start, -e.duration)):
             while around and around[-1].end <= event.start:
                 around.pop()
-            if around:
-                times[around[-1].op] -= min(event.end, around[-1].end) - event.start
-            times[event.op] += event.duration
+            inside = bool(around) and event.end <= around[-1].end + 1  # a nanosecond, for rounding
+            if inside:
+                times[around[-1].op] -= event.duration
+            times[event.op] += event.end - around[-1].end if around and not inside else event.duration
             runs[event.op] += 1
             around.append(event)
     return {op: (max(time, 0.0), runs[op]) for op, time in times.items()}

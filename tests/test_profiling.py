@@ -17,6 +17,12 @@ def test_own_times():
     assert own_times(events) == {"loop": (20, 1), "x": (40, 2), "y": (40, 1), "z": (55, 2)}
 
 
+def test_own_times_of_early_launches():
+    """An operation that waits for the one before it, and one that waits for both: each has what nobody else had."""
+    events = [Event("d", "a", "x", 0, 100), Event("d", "a", "y", 20, 90), Event("d", "a", "z", 60, 55)]
+    assert own_times(events) == {"x": (100, 1), "y": (10, 1), "z": (5, 1)}
+
+
 def test_idle():
     events = [
         Event("d", "a", "x", 10, 10), Event("d", "b", "y", 15, 15), Event("d", "a", "x", 40, 10),
