@@ -41,8 +41,12 @@ def launch_operations_singly() -> bool:
     before JAX starts, a choice that was made already stays, and nothing is set where it would do nothing.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    if COMMAND_BUFFERS in flags or not any(plugin.name.startswith("xla_cuda") for plugin in plugins):
+    if COMMAND_BUFFERS in flags or not has_cuda_plugin():
         return False
     os.environ["XLA_FLAGS"] = f"{flags} {COMMAND_BUFFERS}=".strip()
     return True
+
+
+def has_cuda_plugin() -> bool:
+    """Whether JAX's plugin for NVIDIA's GPUs is installed; there need be no GPU."""
+    return any(plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.entry_points(group="jax_plugins"))
