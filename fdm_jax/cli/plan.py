@@ -81,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--price must be US dollars above 0 per device and hour, and is {args.price}.")
     experiment = Experiment.from_config(load(args))
     plan = make_plan(experiment, ACCELERATORS[device], num_devices, args.utilisation, args.price)
-    words, numbers = render(plan), figures(plan)
+    gpus = device if num_devices == 1 else f"{num_devices}x{device}"
+    words = render(plan, bool(args.compile_for), gpus if device in ahead.GPUS else None)
+    numbers = figures(plan)
     if args.compile_for:
         print(
             f"Compiling for {num_devices} x {plan.accelerator.title}, which takes minutes.", file=sys.stderr, flush=True
@@ -165,8 +167,13 @@ def figures(plan: Plan) -> dict[str, str | int | float | bool | None]:
     }
 
 
-def render(plan: Plan) -> str:
-    """The plan in words: one fact per line, then what to beware of."""
+def render(plan: Plan, compiled: bool = False, compile_for: str | None = None) -> str:
+    """The plan in words: one fact per line, then what to beware of.
+
+    Args:
+      compiled: the compiler will say whether it fits the memory, and the estimate need not.
+      compile_for: what to ask the compiler with.
+    """
     device, step_seconds = plan.accelerator, plan.seconds(plan.step_flops)
     image_flops = plan.step_flops // plan.batch_size
     training, sampling = plan.training_flops, SAMPLES * plan.nfe * plan.forward_flops
@@ -192,6 +199,15 @@ def render(plan: Plan) -> str:
         f"of the vendor's {device.peak_tflops(plan.dtype):g} TFLOP/s in {plan.dtype}, and are as good as that assumption."
         + ("" if plan.price is None else " The price is yours, and covers devices alone: no storage, no waiting.")
     )
+    if not compiled:
+        lines += _memory_notes(plan, compile_for)
+    if step_seconds < SHORT_STEP:
+        lines.append("Note: steps so short are bound by launching kernels and loading data, and will take longer.")
+    return "\n".join(lines)
+
+
+def _memory_notes(plan: Plan, compile_for: str | None) -> list[str]:
+    """A line if the estimated memory is more than there is, or than JAX takes of it; else none."""
     if plan.memory_share > 1:
         rounds = plan.fitting_accumulation()
         advice = (
@@ -199,15 +215,14 @@ def render(plan: Plan) -> str:
             if rounds
             else "not even one image at a time would; take a smaller network or a larger device"
         )
-        lines.append(f"WARNING: this does not fit the memory of {device.title}; {advice}.")
-    elif plan.memory_share > GPU_SHARE:
-        lines.append(
+        ask = f" (--compile-for={compile_for} asks the compiler, which may need less)" if compile_for else ""
+        return [f"WARNING: by this estimate it does not fit the memory of {plan.accelerator.title}; {advice}{ask}."]
+    if plan.memory_share > GPU_SHARE:
+        return [
             f"Note: JAX takes {GPU_SHARE:.0%} of a GPU's memory, and this needs {plan.memory_share:.0%}: "
             "set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 on a GPU."
-        )
-    if step_seconds < SHORT_STEP:
-        lines.append("Note: steps so short are bound by launching kernels and loading data, and will take longer.")
-    return "\n".join(lines)
+        ]
+    return []
 
 
 def compiled_figures(compiled: CompiledStep) -> dict[str, int | float | None]:

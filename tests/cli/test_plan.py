@@ -77,9 +77,15 @@ def test_figures():
 
 def test_rendering_of_what_does_not_fit():
     text = plan.render(dataclasses.replace(CIFAR10, accelerator=ACCELERATORS["v100"], num_devices=1))
-    assert "WARNING: this does not fit the memory of NVIDIA V100 32GB; --config.train.accumulation=4 would." in text
-    text = plan.render(dataclasses.replace(CIFAR10, parameters=10**10))
-    assert "not even one image at a time would" in text
+    warning = (
+        "WARNING: by this estimate it does not fit the memory of NVIDIA V100 32GB; --config.train.accumulation=4 would"
+    )
+    assert f"{warning}." in text
+    too_large = dataclasses.replace(CIFAR10, parameters=10**10)
+    assert "not even one image at a time would" in plan.render(too_large)
+    asking = plan.render(too_large, compile_for="8xh200")
+    assert "a larger device (--compile-for=8xh200 asks the compiler, which may need less)." in asking
+    assert "WARNING" not in plan.render(too_large, compiled=True)
     text = plan.render(
         dataclasses.replace(CIFAR10, accelerator=ACCELERATORS["a100"], num_devices=1, accumulation=1, batch_size=400)
     )
@@ -118,6 +124,8 @@ def test_command(capsys):
     arguments = ["plan", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, "--num-devices=2"]
     assert main([*arguments, "--device=tpu-v4"]) == 0
     assert "2 x TPU v4 reach 35%" in capsys.readouterr().out
+    assert main([*arguments, "--device=t4", "--config.train.batch_size=20000000"]) == 0
+    assert "(--compile-for=2xt4 asks the compiler" in capsys.readouterr().out
     assert main([*arguments, "--price=2.5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["assumed_price"] == 2.5
     for wrong, sentence in (
