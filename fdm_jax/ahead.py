@@ -239,9 +239,14 @@ def compile_step(experiment: Experiment, devices: list[Any]) -> CompiledStep:
     """The run's train step, compiled for devices that need not exist.
 
     Raises:
-      UserError: see :func:`lower_step`.
+      UserError: see :func:`lower_step`; or cuDNN's attention is asked for, which JAX compiles where the GPU is.
       DoesNotFit: see there.
     """
+    if experiment.network.attention == "cudnn":
+        raise UserError(
+            "network.attention is 'cudnn', which cannot be compiled without the GPU: with --config.network.attention=auto a "
+            "step takes about as much memory, or a little more."
+        )
     start = time.perf_counter()
     lowered = lower_step(experiment, devices)
     try:

@@ -169,6 +169,9 @@ def test_what_the_compiler_says():
     assert compiled.all_reduces == 1 and compiled.temporary_bytes > 0 and compiled.seconds > 0
     with pytest.raises(UserError, match="parallel=pmap compiles for the devices of this process only"):
         ahead.compile_step(experiment("--config.parallel=pmap"), jax.devices())
+    cudnn = experiment("--config.network.attention=cudnn", "--config.network.dtype=bfloat16")
+    with pytest.raises(UserError, match="network.attention is 'cudnn', which cannot be compiled without the GPU"):
+        ahead.compile_step(cudnn, jax.devices())
 
 
 def test_compiling_for_a_slice(capsys, monkeypatch):
