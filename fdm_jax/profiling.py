@@ -236,34 +236,41 @@ def _category(parts: Sequence[tuple[str, str]]) -> str:
 
 
 OUTSIDE = "outside the network"
+BETWEEN = "between modules"
 UNNAMED = "unnamed"  # copies that the compiler puts in
 
 
-def module_of(op_name: str, parameters: Mapping[str, Any]) -> tuple[str, str]:
+def module_of(op_name: str, parameters: Mapping[str, Any], network: str = "SongUNet") -> tuple[str, str]:
     """The network's module that an operation belongs to, and its pass.
 
     Args:
       op_name: such as "jit(train_step)/transpose(jvp(SongUNet))/dec_8x8_up/conv0/conv_general_dilated".
       parameters: of the network, nested as its modules are.
+      network: what the module around all of them is called.
 
     Returns:
-      "dec_8x8_up/conv0", or :data:`OUTSIDE` (loss, draws, optimiser), or :data:`UNNAMED` if there is no path; and
+      "dec_8x8_up/conv0", or :data:`BETWEEN` (what the network does itself, as putting skips beside features), or
+      :data:`OUTSIDE` (loss, draws, optimiser), or :data:`UNNAMED` if there is no path; and
       "forward", "backward" or "recomputed", or of an operation of no module what it is instead of one.
     """
     if not op_name:
         return UNNAMED, UNNAMED
     path: list[str] = []
     tree: Any = parameters
+    within = False
     for part in op_name.split("/"):
         while match := re.fullmatch(r"[\w.\-]+\((.*)\)", part):  # jvp(SongUNet) -> SongUNet
             part = match[1]
+        within |= part == network
         if isinstance(tree, Mapping) and part in tree and isinstance(tree[part], Mapping):
             path.append(part)
             tree = tree[part]
-    if not path:
+    if not path and not within:
         return OUTSIDE, OUTSIDE
     recomputed = "rematted_computation" in op_name
-    return "/".join(path), "recomputed" if recomputed else "backward" if "transpose(" in op_name else "forward"
+    return "/".join(
+        path
+    ) or BETWEEN, "recomputed" if recomputed else "backward" if "transpose(" in op_name else "forward"
 
 
 def summarise(

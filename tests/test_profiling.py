@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from fdm_jax import profiling
-from fdm_jax.profiling import OUTSIDE, UNNAMED, Event, idle, instructions, module_of, own_times
+from fdm_jax.profiling import BETWEEN, OUTSIDE, UNNAMED, Event, idle, instructions, module_of, own_times
 
 
 def test_own_times():
@@ -146,6 +146,9 @@ def test_modules():
     again = "jit(step)/transpose(jvp(Net))/down/rematted_computation/norm0/sub"
     assert module_of(again, parameters) == ("down/norm0", "recomputed")
     assert module_of("jit(step)/conv0/mul", parameters) == (OUTSIDE, OUTSIDE)
+    assert module_of("jit(step)/transpose(jvp(Net))/split", parameters, "Net") == (BETWEEN, "backward")
+    assert module_of("jit(sample)/while/body/Net/jit(silu)/mul", parameters, "Net") == (BETWEEN, "forward")
+    assert module_of("jit(step)/transpose(jvp(Net))/split", parameters) == (OUTSIDE, OUTSIDE)
     assert module_of("", parameters) == (UNNAMED, UNNAMED)
 
 
