@@ -268,9 +268,8 @@ def module_of(op_name: str, parameters: Mapping[str, Any], network: str = "SongU
     if not path and not within:
         return OUTSIDE, OUTSIDE
     recomputed = "rematted_computation" in op_name
-    return "/".join(
-        path
-    ) or BETWEEN, "recomputed" if recomputed else "backward" if "transpose(" in op_name else "forward"
+    which = "recomputed" if recomputed else "backward" if "transpose(" in op_name else "forward"
+    return "/".join(path) or BETWEEN, which
 
 
 def summarise(
