@@ -1,4 +1,4 @@
-"""Releases of jaxlib with slow convolutions on CPUs get their flag, traces of GPUs theirs, and nothing else does."""
+"""Releases of jaxlib with slow convolutions on CPUs get their flag, NVIDIA's GPUs theirs, and nothing else does."""
 
 import importlib.metadata
 import importlib.util
@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from fdm_jax.cli.main import main
 from fdm_jax.xla_flags import (
     COMMAND_BUFFERS,
     FLAG,
@@ -92,7 +93,7 @@ def plugins(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["xla_cuda12", "xla_cuda13"])
-def test_traces_of_gpus_name_operations(monkeypatch, plugins, name):
+def test_gpus_get_operations_singly(monkeypatch, plugins, name):
     plugins("other", name)
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=d")
     assert launch_operations_singly()
@@ -100,7 +101,7 @@ def test_traces_of_gpus_name_operations(monkeypatch, plugins, name):
     assert not launch_operations_singly()
 
 
-def test_traces_of_others_and_of_those_who_chose(monkeypatch, plugins):
+def test_other_accelerators_and_a_choice_are_left_alone(monkeypatch, plugins):
     plugins("other")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     assert not launch_operations_singly()
@@ -111,7 +112,14 @@ def test_traces_of_others_and_of_those_who_chose(monkeypatch, plugins):
     assert os.environ["XLA_FLAGS"] == f"{COMMAND_BUFFERS}=FUSION"
 
 
-def test_xla_knows_the_flag_of_traces():
+def test_fdm_sets_it(monkeypatch, plugins):
+    plugins("xla_cuda13")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert main(["bench", "--what=nothing"]) == 2
+    assert f"{COMMAND_BUFFERS}=" in os.environ["XLA_FLAGS"].split()
+
+
+def test_xla_knows_the_flag_for_gpus():
     """An unknown flag would end the process; an empty list of what to record is one that XLA takes."""
     program = "import jax; print(jax.jit(lambda x: x + 1)(1))"
     environment = {**os.environ, "XLA_FLAGS": f"{COMMAND_BUFFERS}=", "JAX_PLATFORMS": "cpu"}

@@ -9,8 +9,7 @@ TensorBoard's profile plugin and https://ui.perfetto.dev (perfetto_trace.json.gz
 the devices; the idle share is how long a device had none to run between the first and the last, and where runs can be told
 apart, how long between one run of a program and the next (waiting for the host or for data).  Of `train` and `sample`
 images are synthetic, and loading is not in it.  `loop` is what `fdm train` does, from files to logged metrics, in a
-workdir that is thrown away; only checkpoints, samples and evaluations are left out.  On NVIDIA's GPUs operations are
-launched one by one here, not in CUDA graphs as otherwise, or the trace could not name them: a GPU may idle more.
+workdir that is thrown away; only checkpoints, samples and evaluations are left out.
 """
 
 from __future__ import annotations
@@ -54,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from fdm_jax import profiling
-    from fdm_jax.xla_flags import launch_operations_singly
 
-    launch_operations_singly()  # before JAX starts
     if args.what not in WHAT:
         raise UserError(f"--what cannot be {args.what!r}: {nearest(args.what, WHAT)}")
     need_positive(args, "batch_size", "steps", "top")
