@@ -14,10 +14,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from fdm_jax.cli.distributed import add_distributed_argument, joined
 from fdm_jax.cli.places import place_argument
 from fdm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from fdm_jax.data.sources import Source
+    from fdm_jax.experiment import Experiment
 
 HELP = "train a model, or go on with a run"
 
@@ -65,13 +71,8 @@ def run(args: argparse.Namespace) -> int:
             processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
             kind = jax.devices()[0].device_kind
             print(f"Data: {source.spec}. Devices: {jax.device_count()} x {kind}{processes}.", flush=True)
-            if experiment.num_classes > source.spec.num_classes:
-                print(
-                    f"fdm train: warning: the network is for {experiment.num_classes} classes and the data have "
-                    f"{source.spec.num_classes}: of the others it learns nothing, and samples of them will be of no use. "
-                    f"To leave them out, set --config.data.num_classes={source.spec.num_classes}.",
-                    file=sys.stderr,
-                )
+            for sentence in doubts(experiment, source):
+                print(f"fdm train: warning: {sentence}", file=sys.stderr)
         if args.dry_run:
             check(experiment)
             if jax.process_index() == 0:
@@ -79,3 +80,20 @@ def run(args: argparse.Namespace) -> int:
             return 0
         train(experiment, source, args.workdir)
     return 0
+
+
+def doubts(experiment: Experiment, source: Source) -> Iterator[str]:
+    """What a run may well be meant to be, and probably is not."""
+    classes, resolutions = source.spec.num_classes, experiment.network.resolutions
+    if experiment.num_classes > classes:
+        yield (
+            f"the network is for {experiment.num_classes} classes and the data have {classes}: of the others it learns "
+            f"nothing, and samples of them will be of no use. To leave them out, set --config.data.num_classes={classes}."
+        )
+    for resolution in experiment.network.attn_resolutions:
+        if resolution not in resolutions:
+            yield (
+                f"network.attn_resolutions names {resolution}, and the network's resolutions are {resolutions}: that gives "
+                f"it no attention. To have it at {resolutions[-1]}, say, set "
+                f'--config.network.attn_resolutions="({resolutions[-1]},)".'
+            )

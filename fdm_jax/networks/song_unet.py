@@ -50,7 +50,7 @@ class SongUNet(nn.Module):
       channel_mult: multiplier of each level, finest first.
       channel_mult_emb: width of the embedding, times model_channels.
       num_blocks: residual blocks per level (the decoder has one more).
-      attn_resolutions: resolutions with self-attention.
+      attn_resolutions: resolutions with self-attention, which the coarsest has once even if it is not named.
       dropout: rate in the residual blocks.
       label_dropout: chance that a training example is shown no class, for classifier-free guidance.
       dtype: compute type, float32 or bfloat16.  float16 loses the network's input at high noise.
@@ -82,6 +82,11 @@ class SongUNet(nn.Module):
         self._check()
         super().__post_init__()
 
+    @property
+    def resolutions(self) -> list[int]:
+        """Of the levels, finest first."""
+        return [self.resolution >> level for level in range(len(self.channel_mult))]
+
     def _check(self) -> None:
         if self.preset not in PRESETS:
             raise UserError(f"There is no network preset {self.preset!r}: {nearest(self.preset, PRESETS)}")
@@ -106,17 +111,16 @@ class SongUNet(nn.Module):
                 raise UserError(f"network.{name} must be at least 0 and below 1, and is {getattr(self, name)}.")
         if self.model_channels % 2 or self.model_channels < 4:
             raise UserError(f"network.model_channels must be even and at least 4, and is {self.model_channels}.")
-        resolutions = [self.resolution >> level for level in range(len(self.channel_mult))]
         for res in self.remat:
-            if res not in resolutions:
-                raise UserError(f"remat names the resolution {res}, and the network's are {resolutions}.")
+            if res not in self.resolutions:
+                raise UserError(f"remat names the resolution {res}, and the network's are {self.resolutions}.")
         if jnp.dtype(self.dtype) == jnp.float16:
             raise UserError("network.dtype is float16, which loses the network's input at high noise: take bfloat16.")
         if self.attention not in ATTENTION:
             raise UserError(f"network.attention is {self.attention!r}: {nearest(self.attention, ATTENTION)}")
         if self.attention == "cudnn":
-            widths = zip(resolutions, self.channel_mult, strict=True)
-            attending = [mult for res, mult in widths if res in self.attn_resolutions or res == resolutions[-1]]
+            widths = zip(self.resolutions, self.channel_mult, strict=True)
+            attending = [mult for res, mult in widths if res in (*self.attn_resolutions, self.resolutions[-1])]
             check_cudnn(self.dtype, self.model_channels * max(attending))
         for width in self._norm_widths():
             if width % num_groups(width):
@@ -216,7 +220,7 @@ class SongUNet(nn.Module):
         self._check_inputs(x, c_noise, class_labels, augment_labels)
         preset = PRESETS[self.preset]
         rematerialised = nn.remat(UNetBlock)
-        taps, levels = preset["resample_filter"], len(self.channel_mult)
+        taps = preset["resample_filter"]
         count = 0
 
         def next_keys() -> jax.Array | None:
@@ -237,8 +241,7 @@ class SongUNet(nn.Module):
         x = aux = x.astype(self.dtype)
 
         skips = []
-        for level, mult in enumerate(self.channel_mult):
-            res = self.resolution >> level
+        for level, (res, mult) in enumerate(zip(self.resolutions, self.channel_mult, strict=True)):
             if level == 0:
                 x = Conv(self.model_channels, dtype=self.dtype, name=f"enc_{res}x{res}_conv")(x)
             else:
@@ -254,9 +257,8 @@ class SongUNet(nn.Module):
                 x = block(f"enc_{res}x{res}_block{i}", features, x, attention=res in self.attn_resolutions)
                 skips.append(x)
 
-        for level, mult in reversed(list(enumerate(self.channel_mult))):
-            res = self.resolution >> level
-            if level == levels - 1:
+        for res, mult in reversed(list(zip(self.resolutions, self.channel_mult, strict=True))):
+            if res == self.resolutions[-1]:
                 x = block(f"dec_{res}x{res}_in0", x.shape[-1], x, attention=True)
                 x = block(f"dec_{res}x{res}_in1", x.shape[-1], x)
             else:

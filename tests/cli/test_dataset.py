@@ -100,6 +100,14 @@ def test_classes_that_the_data_lack_are_named(photos, tmp_path, capsys):
     assert "the network is for 10 classes and the data have 3" in capsys.readouterr().err
 
 
+def test_attention_at_no_level_is_named(photos, tmp_path, capsys):
+    arguments = tiny.arguments(tmp_path / "run", f"--config.data.source={photos}")
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "attn_resolutions" not in capsys.readouterr().err
+    assert main([*arguments, "--config.network.attn_resolutions=(16,)", "--dry-run"]) == 0
+    assert "network.attn_resolutions names 16, and the network's resolutions are [8]" in capsys.readouterr().err
+
+
 def test_statistics_of_three_channels_without_classes(archives_zip, capsys):
     pixels = RNG.randint(0, 256, (9, 4, 4, 3), np.uint8)
     source = archives_zip({f"{i}.png": png(image) for i, image in enumerate(pixels)})
