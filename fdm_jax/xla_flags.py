@@ -1,4 +1,4 @@
-"""Flags of XLA's that `fdm` sets: one without which some releases of jaxlib are slow on CPUs, one for NVIDIA's GPUs."""
+"""Flags of XLA's: one that releases of jaxlib need to be fast on CPUs, one against CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ import os
 SLOW_CONVOLUTIONS = ((0, 10, 2), (0, 13))
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer"
-
-
-def set_flags() -> None:
-    """Both of the below, as `fdm` does: call it before JAX starts."""
-    avoid_slow_convolutions()
-    launch_operations_singly()
 
 
 def avoid_slow_convolutions() -> bool:
@@ -39,16 +33,31 @@ def avoid_slow_convolutions() -> bool:
     return True
 
 
-def launch_operations_singly() -> bool:
-    """Have XLA launch each operation by itself on NVIDIA's GPUs; returns whether it will.
+def without_graphs(platform: str) -> dict[str, str] | None:
+    """``compiler_options`` for ``jax.jit`` that have a program's operations launched one by one on GPUs, not as CUDA graphs.
 
-    Left to itself it records most of a program as CUDA graphs ("command buffers") and launches these.  Training the
-    network for CIFAR-10 on an H200 (jax 0.11.2, 512 images at once, from files), the same command then reached 2,656 to
-    2,940 img/s, and 3,392 to 3,477 with operations launched singly, within the same minutes: they are long enough for
-    the host to stay ahead.  A trace knows a graph's name only, not those of the operations in it (openxla/xprof issues
-    2544 and 3070), so that this is also what lets `fdm profile` say what took how long.
-    As with the other flag: call it before JAX starts, a choice that was made already stays, and nothing is set where it
-    would do nothing.
+    XLA records most of a program as graphs ("command buffers"), and updates them when buffers have come to lie elsewhere,
+    as those of batches and metrics do from step to step.  On an H200 (jax 0.11.2) training on CIFAR-10's images, 512 at
+    once, ran at 2,656 to 2,940 img/s with graphs, and at 3,392 to 3,477 without, the same command a few minutes later.
+    For a program that loops on the device, where buffers stay in place, they may pay; that was not measured.
+
+    Args:
+      platform: where the program will run, as JAX calls it.
+
+    Returns:
+      None where it would do nothing, or XLA_FLAGS has a choice that was made already.
+    """
+    if platform != "gpu" or COMMAND_BUFFERS in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return {COMMAND_BUFFERS.removeprefix("--"): ""}
+
+
+def launch_operations_singly() -> bool:
+    """:func:`without_graphs` for all programs of this process, so that traces name operations; returns whether it will.
+
+    A trace knows a graph's name only, not those of the operations in it (openxla/xprof issues 2544 and 3070).  As with
+    the other flag: call it before JAX starts, a choice that was made already stays, and nothing is set where it would do
+    nothing.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if COMMAND_BUFFERS in flags or not has_cuda_plugin():

@@ -24,9 +24,9 @@ import jax.experimental
 import numpy as np
 import pytest
 
-from fdm_jax.xla_flags import set_flags
+from fdm_jax.xla_flags import avoid_slow_convolutions
 
-set_flags()  # as the program does, so that tests share compiled programs with those that they start
+avoid_slow_convolutions()  # as the program does, so that tests share compiled programs with those that they start
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

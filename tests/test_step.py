@@ -188,6 +188,26 @@ def test_kernels_in_another_order_in_memory(reference_run, monkeypatch):
     assert orders(second) == {(3, 0, 1, 2)} and orders(parallel.get_state(second)) == {(0, 1, 2, 3)}
 
 
+@pytest.mark.parametrize("mode", ["jit", "kernels in another order", "fsdp"])
+def test_a_single_step_is_compiled_without_graphs(monkeypatch, mode):
+    """On GPUs; here an option that XLA refuses shows where it arrives: in the step, not in steps in a row."""
+    monkeypatch.setattr(parallel_module, "without_graphs", lambda platform: {"xla_gpu_enable_command_buffer": platform})
+    if mode == "kernels in another order":
+        monkeypatch.setitem(
+            parallel_module.KERNEL_LAYOUTS, jax.default_backend(), parallel_module.KERNEL_LAYOUTS["gpu"]
+        )
+
+    def make_step(axis):
+        return lambda state, batch: (jax.tree.map(lambda a: a + 1, state), {"loss": batch["image"].sum()})
+
+    parallel = parallelise("fsdp" if mode == "fsdp" else "jit", make_step, make_mesh(jax.devices()[:1]))
+    state = parallel.put_state({"kernel": jnp.zeros((3, 3, 4, 4))})
+    rows = {"image": np.zeros((2, 4), np.float32)}
+    parallel.steps.lower(state, parallel.put_batches([rows, rows])).compile()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_enable_command_buffer, 'cpu' is not a valid"):
+        parallel.step.lower(state, parallel.put_batch(rows)).compile()
+
+
 @pytest.mark.device
 @needs_devices(4)
 def test_a_dealt_state_equals_a_whole_one(reference_run, monkeypatch):

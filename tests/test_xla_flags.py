@@ -1,4 +1,4 @@
-"""Releases of jaxlib with slow convolutions on CPUs get their flag, NVIDIA's GPUs theirs, and nothing else does."""
+"""Releases of jaxlib with slow convolutions on CPUs get their flag, GPUs theirs, and nothing else does."""
 
 import importlib.metadata
 import importlib.util
@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from fdm_jax.cli.main import main
 from fdm_jax.xla_flags import (
     COMMAND_BUFFERS,
     FLAG,
     avoid_slow_convolutions,
     launch_operations_singly,
+    without_graphs,
 )
 
 PROGRAM = """
@@ -93,7 +94,7 @@ def plugins(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["xla_cuda12", "xla_cuda13"])
-def test_gpus_get_operations_singly(monkeypatch, plugins, name):
+def test_traces_of_gpus_name_operations(monkeypatch, plugins, name):
     plugins("other", name)
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=d")
     assert launch_operations_singly()
@@ -101,7 +102,7 @@ def test_gpus_get_operations_singly(monkeypatch, plugins, name):
     assert not launch_operations_singly()
 
 
-def test_other_accelerators_and_a_choice_are_left_alone(monkeypatch, plugins):
+def test_traces_of_others_and_of_those_who_chose(monkeypatch, plugins):
     plugins("other")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     assert not launch_operations_singly()
@@ -112,14 +113,18 @@ def test_other_accelerators_and_a_choice_are_left_alone(monkeypatch, plugins):
     assert os.environ["XLA_FLAGS"] == f"{COMMAND_BUFFERS}=FUSION"
 
 
-def test_fdm_sets_it(monkeypatch, plugins):
-    plugins("xla_cuda13")
+def test_programs_for_gpus_have_no_graphs(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    assert main(["bench", "--what=nothing"]) == 2
-    assert f"{COMMAND_BUFFERS}=" in os.environ["XLA_FLAGS"].split()
+    options = without_graphs("gpu")
+    assert options == {"xla_gpu_enable_command_buffer": ""}
+    # XLA reads the options of GPUs for CPUs too, and refuses those that it does not know.
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    assert without_graphs("cpu") is None and without_graphs("tpu") is None
+    monkeypatch.setenv("XLA_FLAGS", f"{COMMAND_BUFFERS}=FUSION")
+    assert without_graphs("gpu") is None
 
 
-def test_xla_knows_the_flag_for_gpus():
+def test_xla_knows_the_flag_of_traces():
     """An unknown flag would end the process; an empty list of what to record is one that XLA takes."""
     program = "import jax; print(jax.jit(lambda x: x + 1)(1))"
     environment = {**os.environ, "XLA_FLAGS": f"{COMMAND_BUFFERS}=", "JAX_PLATFORMS": "cpu"}

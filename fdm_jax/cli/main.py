@@ -17,7 +17,7 @@ from fdm_jax.cli.places import check_local
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError
 from fdm_jax.host_memory import keep_freed_memory
 from fdm_jax.whole_files import disk_full, refusal
-from fdm_jax.xla_flags import set_flags
+from fdm_jax.xla_flags import avoid_slow_convolutions
 
 COMMANDS = (
     "train",
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         check_local(args)
         logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
         keep_freed_memory()
-        set_flags()
+        avoid_slow_convolutions()
         use_compile_cache()
         return args.run(args)
     except UserError as error:

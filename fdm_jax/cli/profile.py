@@ -9,7 +9,9 @@ TensorBoard's profile plugin and https://ui.perfetto.dev (perfetto_trace.json.gz
 the devices; the idle share is how long a device had none to run between the first and the last, and where runs can be told
 apart, how long between one run of a program and the next (waiting for the host or for data).  Of `train` and `sample`
 images are synthetic, and loading is not in it.  `loop` is what `fdm train` does, from files to logged metrics, in a
-workdir that is thrown away; only checkpoints, samples and evaluations are left out.
+workdir that is thrown away; only checkpoints, samples and evaluations are left out.  On NVIDIA's GPUs the operations of
+samplers, and of several steps as one program, are launched one by one here, not in CUDA graphs as otherwise, or the trace
+could not name them: a GPU may idle more.
 """
 
 from __future__ import annotations
@@ -101,7 +103,9 @@ def train(args: argparse.Namespace) -> Traced:
 def sample(args: argparse.Namespace) -> Traced:
     """The sampler of 18 steps."""
     from fdm_jax.cli.bench import cases, sampling_programs
+    from fdm_jax.xla_flags import launch_operations_singly
 
+    launch_operations_singly()
     (case,) = cases(args)
     return _traced(case, sampling_programs(case, 18)[0], args)
 
@@ -133,10 +137,13 @@ def loop(args: argparse.Namespace) -> Traced:
     from fdm_jax.cli.config import load
     from fdm_jax.experiment import Experiment, open_data
     from fdm_jax.training.loop import PROGRAMS_IN_FLIGHT, train
+    from fdm_jax.xla_flags import launch_operations_singly
 
     config = load(overriding(args))
     steps = args.steps or 50
     at_once = config.train.steps_at_once
+    if at_once > 1:
+        launch_operations_singly()
     warm_up = max(LOOP_WARM_UP, (PROGRAMS_IN_FLIGHT + 1) * at_once)  # until as many are under way as ever
     images = config.train.batch_size * (warm_up + steps + 2 * at_once)
     config.update_from_flattened_dict({

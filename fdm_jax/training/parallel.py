@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fdm_jax.devices import AXIS, replicated, sharded
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.training.step import Metrics, TrainState
+from fdm_jax.xla_flags import without_graphs
 
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 MakeStep = Callable[[str | None], Step]
@@ -68,18 +69,21 @@ def jit_over_mesh(make_step: MakeStep, mesh: Mesh) -> Parallel:
     accumulation.  (Left to itself, XLA would sum them in every round.)
     """
     whole = replicated(mesh)
-    layout = KERNEL_LAYOUTS.get(mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    layout = KERNEL_LAYOUTS.get(platform)
 
     def formats(state: Any) -> Any:
         """Where each array of a state lies, and the kernels in which order."""
         return jax.tree.map(lambda a: Format(layout, whole) if a.ndim == 4 else whole, state)
 
-    def compiled(step: Step, rows: PartitionSpec) -> Any:
+    def compiled(step: Step, rows: PartitionSpec, options: dict[str, str] | None = None) -> Any:
         # Unchecked, since the step's own psum is what makes its results alike on all devices.
         body = jax.shard_map(
             step, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=PartitionSpec(), check_vma=False
         )
-        return jax.jit(body, donate_argnums=0) if layout is None else _Formatted(body, formats)
+        if layout is None:
+            return jax.jit(body, donate_argnums=0, compiler_options=options)
+        return _Formatted(body, formats, options)
 
     def with_kernels(order: Layout) -> Callable[[TrainState], TrainState]:
         # By a program: of several processes, none could put arrays that lie in all of them.
@@ -90,7 +94,7 @@ def jit_over_mesh(make_step: MakeStep, mesh: Mesh) -> Parallel:
     canonical = with_kernels(Layout((0, 1, 2, 3))) if layout else lambda state: state
 
     return Parallel(
-        step=compiled(make_step(AXIS), PartitionSpec(AXIS)),
+        step=compiled(make_step(AXIS), PartitionSpec(AXIS), without_graphs(platform)),
         steps=compiled(in_a_row(make_step(AXIS)), PartitionSpec(None, AXIS)),
         state_sharding=lambda like: jax.tree.map(lambda _: whole, like),
         put_state=lambda state: arranged(jax.device_put(state, whole)),
@@ -104,15 +108,19 @@ def jit_over_mesh(make_step: MakeStep, mesh: Mesh) -> Parallel:
 class _Formatted:
     """A compiled step whose state, always of the same shapes, lies in memory as ``formats`` says; donated."""
 
-    def __init__(self, step: Step, formats: Callable[[Any], Any]):
-        self._step, self._formats = step, formats
+    def __init__(self, step: Step, formats: Callable[[Any], Any], options: dict[str, str] | None):
+        self._step, self._formats, self._options = step, formats, options
         self._jitted: Any = None
 
     def _of(self, state: Any) -> Any:
         if self._jitted is None:
             formats = self._formats(state)
             self._jitted = jax.jit(
-                self._step, donate_argnums=0, in_shardings=(formats, None), out_shardings=(formats, None)
+                self._step,
+                donate_argnums=0,
+                in_shardings=(formats, None),
+                out_shardings=(formats, None),
+                compiler_options=self._options,
             )
         return self._jitted
 
@@ -137,7 +145,7 @@ def fsdp_over_mesh(make_step: MakeStep, mesh: Mesh) -> Parallel:
         return jax.lax.with_sharding_constraint((state, metrics), (dealt(state, mesh), replicated(mesh)))
 
     return Parallel(
-        step=jax.jit(step, donate_argnums=0),
+        step=jax.jit(step, donate_argnums=0, compiler_options=without_graphs(mesh.devices.flat[0].platform)),
         steps=jax.jit(in_a_row(step), donate_argnums=0),
         state_sharding=lambda like: dealt(like, mesh),
         put_state=lambda state: jax.device_put(state, dealt(state, mesh)),
