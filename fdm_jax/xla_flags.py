@@ -36,10 +36,11 @@ def avoid_slow_convolutions() -> bool:
 def without_graphs(platform: str) -> dict[str, str] | None:
     """``compiler_options`` for ``jax.jit`` that have a program's operations launched one by one on GPUs, not as CUDA graphs.
 
-    XLA records most of a program as graphs ("command buffers"), and updates them when buffers have come to lie elsewhere,
-    as those of batches and metrics do from step to step.  On an H200 (jax 0.11.2) training on CIFAR-10's images, 512 at
-    once, ran at 2,656 to 2,940 img/s with graphs, and at 3,392 to 3,477 without, the same command a few minutes later.
-    For a program that loops on the device, where buffers stay in place, they may pay; that was not measured.
+    XLA records most of a program as graphs ("command buffers"), and updates them when buffers have come to lie elsewhere.
+    On an H200 (jax 0.11.2) training on CIFAR-10's images, 512 at once, ran at 2,656 to 2,940 img/s with graphs, and at
+    3,392 to 3,477 without, the same command a few minutes later, presumably because batches and metrics lie elsewhere in
+    every step.  For a program that loops on the device, where buffers stay in place, graphs may pay; neither that nor these
+    options in place of XLA's flag were tried on a GPU.
 
     Args:
       platform: where the program will run, as JAX calls it.

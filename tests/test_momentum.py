@@ -88,7 +88,8 @@ def test_golden_scale(golden, name, part):
         # float32: sigma's own rounding is multiplied by up to 40 (see the docstring).
         s = momentum.scale(jnp.asarray(sigma), low, high)
         assert s.dtype == jnp.float32
-        np.testing.assert_allclose(s, data[f"{name}/c_in_f64"], rtol=5e-6)  # 4.0e-6 on an H200, whose exp is coarser
+        # The exp of an accelerator is coarser: 4.0e-6 was seen on an H200.
+        np.testing.assert_allclose(s, data[f"{name}/c_in_f64"], rtol=3e-6 if jax.default_backend() == "cpu" else 5e-6)
 
 
 def test_scale_is_differentiable():
