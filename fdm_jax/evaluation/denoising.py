@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
+import scipy.special
 
 from fdm_jax.devices import fetch, in_batches, put
 
@@ -54,7 +54,7 @@ class DenoisingError:
         """
         rng = np.random.default_rng(self._seed)
         quantiles = (np.arange(levels) + rng.random((len(self._images), levels))) / levels
-        sigma = np.exp(P_mean + P_std * scipy.stats.norm.ppf(quantiles)).ravel().astype(np.float32)
+        sigma = np.exp(P_mean + P_std * scipy.special.ndtri(quantiles)).ravel().astype(np.float32)
         return float(self._run(variables, sigma, rng).mean())
 
     def by_sigma(self, variables: Any, sigmas: Sequence[float]) -> np.ndarray:

@@ -286,7 +286,7 @@ def test_list_of_solvers(capsys):
     assert any(line.startswith("unipc-3 ") and "2302.04867" in line for line in lines)
 
 
-@pytest.mark.parametrize("solver", ["ancestral", "unipc-2"])
+@pytest.mark.parametrize("solver", ["ancestral", pytest.param("unipc-2", marks=pytest.mark.slow)])
 def test_a_seed_gives_its_image_on_any_devices_in_any_batch(straight_run, solver):
     """Alone, among 7 and among 64, on 1, 2 and 8 devices: up to rounding; for one shape of the batch, bit for bit."""
     import jax

@@ -167,7 +167,7 @@ def test_torch_is_asked_for(imported, tmp_path, capsys, monkeypatch):
 def tiny_import(tmp_path):
     """An import with the network of the tests' tiny run."""
     network = SongUNet(8, 1, 10, 0, "ddpmpp", 4, (1,), 1, 1, (), 0.1)
-    variables = network.init(jax.random.key(7), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
+    variables = jax.jit(network.init)(jax.random.key(7), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
     write_snapshot(
         tmp_path / "tiny.pkl", to_torch(variables, (1, 1)), ("EDMPrecond", {}), files.original_arguments(network)
     )

@@ -43,6 +43,7 @@ def test_notebook_is_valid_and_stripped(notebook):
             assert cell.outputs == [] and cell.execution_count is None, cell.id
 
 
+@pytest.mark.slow
 def test_notebook_runs(notebook, tmp_path, monkeypatch):
     """With a tiny model: the two runs, pictures of everything, and the exported model gives the same images."""
     index, folder = parameters_cell(notebook), tmp_path / "with a space" / "out"
