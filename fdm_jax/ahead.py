@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fdm_jax.accounting import ACCELERATORS
 from fdm_jax.devices import AXIS, make_mesh
-from fdm_jax.errors import UserError, nearest
+from fdm_jax.errors import UserError, memory_full, nearest
 from fdm_jax.experiment import Experiment
 from fdm_jax.training.step import init_state
 from fdm_jax.xla_flags import has_cuda_plugin
@@ -252,9 +252,9 @@ def compile_step(experiment: Experiment, devices: list[Any]) -> CompiledStep:
     try:
         compiled = lowered.compile(COMPILER_OPTIONS.get(devices[0].platform))
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if (said := memory_full(error)) is None:
             raise
-        raise DoesNotFit(str(error).split("RESOURCE_EXHAUSTED:")[-1].strip().splitlines()[0]) from error
+        raise DoesNotFit(f"{said}.") from error
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return CompiledStep(
         argument_bytes=memory.argument_size_in_bytes,

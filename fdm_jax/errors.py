@@ -24,6 +24,19 @@ class RestartNeeded(RuntimeError):
     """
 
 
+def memory_full(error: BaseException | None) -> str | None:
+    """What was said of it, if an error or one behind it is that memory is full: a device's, or the machine's."""
+    while error is not None:
+        text = str(error)
+        # JAX's own type is not named here, so that short commands need not import JAX.
+        if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED:" in text:
+            return text.split("RESOURCE_EXHAUSTED:")[-1].strip().partition("\n")[0].rstrip(".")
+        if isinstance(error, MemoryError):
+            return text.rstrip(".") or "the machine gives no more"
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Words for the end of an error sentence: the choice most like ``word``, or the whole list if none is close."""
     choices = sorted(choices)

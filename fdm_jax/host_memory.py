@@ -1,11 +1,17 @@
-"""The C library's memory: kept between steps on hosts where XLA's CPU programs run."""
+"""The host's memory: how much there is, and that the C library keeps it between steps where XLA's CPU programs run."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+
+
+def machine_memory() -> int:
+    """All that this machine has, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def keep_freed_memory() -> bool:

@@ -14,7 +14,7 @@ from absl import logging
 
 from fdm_jax import __version__
 from fdm_jax.cli.places import check_local
-from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError
+from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError, memory_full
 from fdm_jax.host_memory import keep_freed_memory
 from fdm_jax.whole_files import disk_full, refusal
 from fdm_jax.xla_flags import avoid_slow_convolutions
@@ -109,10 +109,25 @@ def main(argv: Sequence[str]) -> int:
             )
         elif refused := refusal(error):
             sentence = refused
+        elif said := memory_full(error):
+            sentence = f"Memory is full ({said}): {_less_memory(args)}. Nothing already saved is lost."
         else:
             raise
     print(f"fdm {args.command}: {sentence}", file=sys.stderr)
     return 2
+
+
+def _less_memory(args: argparse.Namespace) -> str:
+    """What a command would take less of it with."""
+    if hasattr(args, "batch"):
+        return f"give a smaller --batch than {args.batch or 64}"
+    if not hasattr(args, "config"):
+        return "free some, or use a machine with more"
+    batch = "--batch-size" if hasattr(args, "batch_size") else "--config.train.batch_size"
+    return (
+        f"give a smaller {batch}, or with the same one a larger --config.train.accumulation or some --config.remat, "
+        "or use more devices; `fdm plan` says what a step takes"
+    )
 
 
 def entry_point() -> None:

@@ -30,6 +30,7 @@ import numpy as np
 
 from fdm_jax.data.sources import Source
 from fdm_jax.errors import UserError
+from fdm_jax.host_memory import machine_memory
 
 _GRACE_SECONDS = 10  # what a worker has left after SIGTERM, for the last steps before a run has stopped
 
@@ -237,7 +238,7 @@ def make_batches(
       prefetch: how many batches are read ahead, at least one by each thread; 0 reads in the caller's thread.
 
     Raises:
-      UserError: a number is out of range, or G is not a multiple of P.
+      UserError: a number is out of range, G is not a multiple of P, or the part of a batch does not fit into memory.
     """
     if batch_size < 1:
         raise UserError(f"batch size is {batch_size}: it must be at least 1.")
@@ -256,6 +257,12 @@ def make_batches(
             f"num_threads={num_threads} must be at least 1, num_workers={num_workers} and prefetch={prefetch} at least 0."
         )
     rows = batch_size // process_count
+    size, memory = rows * source.spec.resolution**2 * source.spec.channels, machine_memory()
+    if size > memory:
+        raise UserError(
+            f"batch size is {batch_size}: its images on this machine take {size / 2**30:,.0f} GiB, and it has "
+            f"{memory / 2**30:,.0f} GiB of memory; give a smaller one."
+        )
     ours = range(process_index * rows, (process_index + 1) * rows)  # of each global batch
     read = _Reader(source, int(seed), batch_size, ours)
     # Grain lets no more threads read than it may read batches ahead.

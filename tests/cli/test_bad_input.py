@@ -3,6 +3,7 @@
 import json
 import zipfile
 
+import jax.numpy as jnp
 import pytest
 import tiny
 
@@ -191,6 +192,29 @@ def test_full_disk_is_one_sentence(capsys, monkeypatch, tmp_path, data_dir):
     assert "The disk is full: nothing already saved is lost" in refused(
         capsys, tiny.arguments(tmp_path / "run", data_dir), started=True
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        (
+            ["bench", "--what=train", f"--batch-size={8 * 10**13}"],
+            "give a smaller --batch-size, or with the same one a larger",
+        ),
+        (["generate", "--workdir=RUN", f"--batch={8 * 10**13}"], f"give a smaller --batch than {8 * 10**13}. Nothing"),
+    ],
+)
+def test_full_memory_is_one_sentence(capsys, straight_run, tmp_path, monkeypatch, command, remedy):
+    """NumPy's and the device's."""
+    monkeypatch.setattr(
+        "fdm_jax.sampling.generate.BatchedGenerator.__call__",
+        lambda *args: [jnp.zeros(2**46)],  # more than any CPU can address
+    )
+    command = [part.replace("RUN", str(straight_run)) for part in command]
+    if command[0] == "generate":
+        command.append(f"--out={tmp_path / 'out.png'}")
+    sentence = refused(capsys, command, started=True)
+    assert "Memory is full (" in sentence and remedy in sentence and sentence.endswith("Nothing already saved is lost.")
 
 
 def test_gradients_that_stay_bad_end_the_run(capsys, tmp_path, data_dir):

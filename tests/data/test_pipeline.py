@@ -200,6 +200,7 @@ def test_all_threads_read():
         ({"batch_size": 10, "count": 4}, "batch size 10 does not divide by 4 processes; 8 or 12 would."),
         ({"batch_size": 3, "count": 4}, "batch size 3 does not divide by 4 processes; 4 would."),
         ({"batch_size": 0}, "batch size is 0"),
+        ({"batch_size": 10**15}, "its images on this machine take .* GiB of memory; give a smaller one"),
         ({"process": 2, "count": 2}, "process index is 2: it must be from 0 to 1"),
         ({"count": 0}, "process count is 0"),
         ({"seed": -1}, "data seed is -1"),
