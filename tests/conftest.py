@@ -10,8 +10,10 @@ import signal
 
 ON_CPU = os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu"
 # Most of the tests' time goes into compiling, and these halve it: no optimisation by LLVM, and XLA's older way of
-# compiling fused operations. (All jaxlibs from 0.7.2 to 0.12 know them; XLA ends the program at flags it does not know.)
-QUICK_COMPILES = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# compiling fused operations, while there is one: XLA ends the program at flags that it does not know, as 0.12 does at this.
+QUICK_COMPILES = "--xla_backend_optimization_level=0"
+if tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2]) < (0, 11):
+    QUICK_COMPILES += " --xla_cpu_use_fusion_emitters=false"
 # Two workers' BLAS threads would wait for each other in busy loops.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if ON_CPU:
