@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from fdm_jax.errors import UserError
+from fdm_jax.families import EDM
+from fdm_jax.networks import SongUNet
 from fdm_jax.sampling import edm_sigmas
+from fdm_jax.sampling.generate import make_model_denoiser
 from fdm_jax.sampling.guidance import Guidance, with_and_without_class
 from fdm_jax.sampling.linear import integrate
 from fdm_jax.sampling.solvers import make_calls
@@ -74,3 +77,23 @@ def test_bad_input():
     for low, high in ((2.0, 1.0), (-1.0, 1.0)):
         with pytest.raises(UserError, match="from a lower to a higher noise level"):
             Guidance(lowest=low, highest=high)
+
+
+@pytest.mark.parametrize("kind", ["plain", "classes", "guide"])
+def test_exact_denoisers_compute_in_all_digits(kind):
+    """As XLA is told: float32 throughout, and no multiplication left to a device's idea of precision."""
+    network = SongUNet(8, 1, label_dim=3, model_channels=4, channel_mult=(1,), num_blocks=1, dtype=jnp.bfloat16)
+    variables = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
+    guidance = None if kind == "plain" else Guidance(scale=2.0)
+    guide = (network, EDM()) if kind == "guide" else None
+    if guide:
+        variables = (variables, variables)
+
+    def program(**options):
+        denoiser = make_model_denoiser(network, EDM(), 3, guidance, guide, **options)
+        return str(jax.make_jaxpr(lambda v, x: denoiser(v, jnp.arange(2))(x, 1.0))(variables, jnp.zeros((2, 8, 8, 1))))
+
+    usual, exact = program(), program(exact=True)
+    assert "bf16" in usual and "bf16" not in exact
+    multiplications = exact.count("conv_general_dilated[") + exact.count("dot_general[")
+    assert exact.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == multiplications > 10

@@ -4,8 +4,8 @@
   fdm likelihood --workdir=runs/digits --exact                  with the trace itself (images of a few hundred values)
   fdm likelihood --workdir=runs/cats --data=cats.zip --split=train --num=1000
 
-The probability-flow ODE is followed from each image to noise by an adaptive solver of order 8; the change of volume on
-the way is Hutchinson's estimate with random signs, or exact.  8-bit values are spread uniformly over their bins
+The probability-flow ODE is followed from each image to noise by an adaptive solver of order 8, in float32; the change of
+volume on the way is Hutchinson's estimate with random signs, or exact.  8-bit values are spread uniformly over their bins
 (uniform dequantisation), so that the figure is an upper bound, comparable to other models' on 8-bit images.  Results
 are kept image by image in a file of JSON lines; a command that was stopped goes on where it was.
 """
@@ -133,7 +133,7 @@ def compile_bits(experiment: Any, span: tuple[float, float], args: argparse.Name
     from fdm_jax.sampling.seeds import dequantise, signs
 
     shape = experiment.image_shape
-    model_denoiser = experiment.model_denoiser()
+    model_denoiser = experiment.model_denoiser(exact=True)
 
     def bits(variables: Any, image: jax.Array, label: jax.Array, seeds: jax.Array) -> tuple[jax.Array, ...]:
         solved = log_likelihood(

@@ -1,5 +1,6 @@
 """Running the program, here and as a process of its own."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -14,6 +16,19 @@ import tiny
 from conftest import QUICK_COMPILES
 
 from fdm_jax.cli.main import main
+from fdm_jax.model import load_run
+
+
+@pytest.fixture
+def in_bfloat16(monkeypatch):
+    """Runs, when loaded, have networks that compute in bfloat16."""
+
+    def load(*arguments):
+        model = load_run(*arguments)
+        network = model.network.clone(dtype=jnp.bfloat16)
+        return dataclasses.replace(model, experiment=dataclasses.replace(model.experiment, network=network))
+
+    monkeypatch.setattr("fdm_jax.model.load_run", load)
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,12 @@ def test_bits_of_each_image(twelve):
     assert all(1 < value < 12 for value in values.values())  # a uniform density has 8
 
 
+def test_a_network_of_bfloat16_is_followed_in_float32(twelve, straight_run, tmp_path, in_bfloat16):
+    """The solver would take its rounding for error, and shorten its steps until it got nowhere."""
+    assert likelihood(straight_run, tmp_path / "bits.jsonl", "--num=12", "--batch=8") == 0
+    assert (tmp_path / "bits.jsonl").read_text() == twelve.read_text()
+
+
 def test_a_stop_in_the_middle_makes_no_difference(twelve, straight_run, tmp_path, capsys):
     out = tmp_path / "bits.jsonl"
     lines = twelve.read_text().splitlines(keepends=True)

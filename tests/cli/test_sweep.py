@@ -51,6 +51,16 @@ def test_the_table(folder):
         assert len(list(csv.DictReader(file))) == 8
 
 
+def test_a_network_of_bfloat16_is_measured_by_the_same_solution(folder, straight_run, tmp_path, in_bfloat16):
+    """It is that of the model; what bfloat16 adds is among what is measured."""
+    out = tmp_path / "sweep"
+    assert sweep(straight_run, out, "--solvers=unipc-2", "--nfe=41") == 0
+    np.testing.assert_array_equal(np.load(out / "reference.npy"), np.load(folder[0] / "reference.npy"))
+    [row] = json.loads((out / "table.json").read_text())
+    [plain] = [row for row in json.loads((folder[0] / "table.json").read_text()) if row["solver"] == "unipc-2"][-1:]
+    assert plain["distance"] < row["distance"] < 0.1
+
+
 def test_the_pictures(folder):
     out, _ = folder
     for name in ("distance.png", "frechet.png", "samples.png"):
