@@ -272,5 +272,9 @@ def read_config(workdir: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{workdir} is not the workdir of a run: it has no config.json.") from None
+    except NotADirectoryError:
+        raise UserError(
+            f"{workdir} is not the workdir of a run but a file: fdm import makes a workdir of an exported model or snapshot."
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"The configuration {path} cannot be read: {error}") from error

@@ -180,7 +180,10 @@ def test_bad_arguments(straight_run, tmp_path, capsys, arguments, sentence):
 
 def test_bad_places(straight_run, tmp_path, capsys):
     assert generate(tmp_path, tmp_path / "out") == 2
-    assert "is not the workdir of a run" in capsys.readouterr().err
+    assert "is not the workdir of a run: it has no config.json" in capsys.readouterr().err
+    (tmp_path / "model.safetensors").touch()
+    assert generate(tmp_path / "model.safetensors", tmp_path / "out") == 2
+    assert "is not the workdir of a run but a file: fdm import makes" in capsys.readouterr().err
     assert generate(straight_run, tmp_path / "out.gif") == 2
     assert "must be a folder or end in .png or .npz" in capsys.readouterr().err
     for name in ("out.png", "out.npz"):
