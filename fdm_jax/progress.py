@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 
@@ -51,10 +53,16 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        elif not self._quiet:
-            print(text, file=sys.stderr, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stderr)
+            elif not self._quiet:
+                print(text, file=sys.stderr, flush=True)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # A pipe whose reader has ended, or a terminal that was closed: the work is worth more than the lines on it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -1,4 +1,4 @@
-"""Notices that a machine is about to be stopped, from a made-up metadata server."""
+"""Signals, and notices that a machine is about to be stopped, from a made-up metadata server."""
 
 import http.server
 import os
@@ -51,6 +51,27 @@ def test_a_notice_stops_the_run(metadata, key, event):
             time.sleep(0.01)
         assert stop.now() and stop.reason == "SIGTERM" and not stop.preempted
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_the_run(signum):
+    before = signal.getsignal(signum)
+    with stopping.stop_requests() as stop:
+        assert not stop.after(1)
+        signal.raise_signal(signum)
+        assert stop.after(1) and stop.now() and stop.reason == signum.name
+        assert signal.getsignal(signum) == before  # a second one does not wait
+    assert signal.getsignal(signum) == before
+
+
+def test_nohup_outlives_the_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping.stop_requests() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.after(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_no_server_is_no_harm(monkeypatch, caplog):

@@ -6,9 +6,11 @@ import argparse
 import importlib
 import keyword
 import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from absl import logging
 
@@ -132,9 +134,23 @@ def _less_memory(args: argparse.Namespace) -> str:
 
 def entry_point() -> None:
     """The console script."""
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        try:
+            code = main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except BrokenPipeError:
+        if not (_unread(sys.stdout) or _unread(sys.stderr)):
+            raise
+        code = 128 + signal.SIGPIPE  # what read the output has ended, as `head` does: nobody is left to be told
     if code:
         # The sentence is said: exit handlers of libraries would only repeat its cause in a page of their own.
         os._exit(code)
+
+
+def _unread(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))

@@ -4,7 +4,7 @@
   fdm train --config=configs/edm.py:cifar10 --workdir=runs/cifar10 --config.data.source=my-images.zip
 
 The workdir receives checkpoints, metrics.jsonl, TensorBoard files, grids of samples and the configuration.
-Ctrl-C and SIGTERM save before they end the run.
+Ctrl-C, SIGTERM and a terminal that closes (unless nohup is before the command) save before they end the run.
 
 Several processes, of one machine or many, give the same command with --distributed; the workdir is one that all of them
 see.  SIGTERM to one of them saves in all at the same step, and ends them with exit code 75: "start me again".

@@ -111,6 +111,7 @@ def _become_worker(read: _Reader) -> None:
     # processes (from Slurm, systemd, timeout); but also from the pool when another worker has died, which then waits (from
     # Python 3.12 on with a lock held) for the end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
     parent = multiprocessing.parent_process()
     assert parent is not None

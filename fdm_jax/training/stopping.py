@@ -59,7 +59,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """Listen for SIGTERM, Ctrl-C and notices of maintenance; a second signal acts as usual."""
+    """Listen for SIGTERM, Ctrl-C, a terminal that closes (SIGHUP) and notices of maintenance; a second signal acts as usual."""
     received: list[str] = []
     before: dict[signal.Signals, Any] = {}
     many = jax.distributed.is_initialized()
@@ -73,8 +73,11 @@ def stop_requests() -> Iterator[Stop]:
 
     try:
         # With several processes, SIGTERM is JAX's: its service listens for it since it was started.
-        for signum in (signal.SIGINT,) if many else (signal.SIGTERM, signal.SIGINT):
-            before[signum] = signal.signal(signum, note)
+        for signum in (signal.SIGINT, signal.SIGHUP) if many else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if (
+                signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN
+            ):  # nohup's, to outlive the terminal
+                before[signum] = signal.signal(signum, note)
     except ValueError:  # not the main thread (a notebook's worker, a test): signals are not ours to take
         before.clear()
     watching = threading.Event()

@@ -280,19 +280,19 @@ class ReadBy(Traced):
         return batch | {"label": np.full_like(batch["label"], os.getpid())}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_worker_processes_and_signals(signum):
-    """SIGTERM comes to all processes of a run, which then saves; SIGKILL to one that takes too much memory."""
+    """SIGTERM and SIGHUP come to all processes of a run, which then saves; SIGKILL to one that takes too much memory."""
     data = batches(source=ReadBy(), num_workers=2)
     workers = set()
     while len(workers) < 2:
         workers |= set(next(data)["label"].tolist())
     stopped, now = data.batches, time.monotonic()
     try:
-        for pid in workers if signum == signal.SIGTERM else list(workers)[:1]:
+        for pid in workers if signum != signal.SIGKILL else list(workers)[:1]:
             os.kill(pid, signum)
         time.sleep(0.5)
-        if signum == signal.SIGTERM:
+        if signum != signal.SIGKILL:
             images = np.concatenate([next(data)["image"].ravel() for _ in range(20)])
             np.testing.assert_array_equal(images, labels(batches(), stopped + 20)[stopped * G :])
         else:
