@@ -17,10 +17,10 @@ python = .venv/bin/python
 slow = --timeout=14400
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-all test-device demo fidelity lock clean distclean check-python
+.PHONY: help install lint test test-all test-notebook test-device demo fidelity lock clean distclean check-python
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "With PYTHON=python3.12 another interpreter, with EXTRA=cuda12, cuda13 or tpu an accelerator, with PYTEST_ARGS='-k sampling' some of the tests."
 
 install: $(installed) ## .venv with the locked packages and fdm_jax itself
@@ -46,6 +46,9 @@ test: lint ## ruff, mypy and the tests
 
 test-all: lint ## the same with the slow tests
 	$(python) -m pytest -m "" $(slow) $(PYTEST_ARGS)
+
+test-notebook: $(installed) ## run the Colab notebook, on the CPU with a tiny model
+	$(python) -m pytest -n 0 -m "" tests/launch/test_notebook.py
 
 test-device: $(installed) ## golden numbers and more on this machine's GPU or TPU: with EXTRA
 	JAX_PLATFORMS= $(python) -m pytest -n 0 -m "device and not slow"
