@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         done = num - len(missing)
         progress = Progress(num, done)
         size = -(-min(args.batch, len(missing)) // mesh.size) * mesh.size
+        progress.say(f"Compiling the ODE; then {len(missing):,} images, {size:,} at a time, which end together.")
         for count, (indices,) in in_batches(size, missing):
             values, steps = bits(model.variables, source.read(indices), indices)
             record.add(*(

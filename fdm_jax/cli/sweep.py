@@ -207,6 +207,7 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
     jitted = jax.jit(solve, in_shardings=(whole, rows, rows), out_shardings=(rows, whole))
     labels, parts = experiment.choose_labels(args.label, seeds), []
     size = -(-min(args.batch, len(seeds)) // mesh.size) * mesh.size
+    print(f"the ODE's solution: compiling it; then {size:,} images at a time", file=sys.stderr, flush=True)
     for count, batch in in_batches(size, seeds, labels):
         x, ok = jitted(variables, *batch)
         if not ok:
