@@ -154,6 +154,8 @@ class Group:
                 signal.signal(signum, self._forward)
 
     def _forward(self, signum: int, frame: object) -> None:
+        if signum == signal.SIGHUP and self.told:
+            return  # a terminal that closes may tell it twice; and processes that are saving are not to be disturbed
         self.told = True
         self._send(signal.SIGTERM if signum == signal.SIGHUP else signum)
 

@@ -60,7 +60,11 @@ def test_a_signal_stops_the_run(signum):
         assert not stop.after(1)
         signal.raise_signal(signum)
         assert stop.after(1) and stop.now() and stop.reason == signum.name
-        assert signal.getsignal(signum) == before  # a second one does not wait
+        if signum == signal.SIGHUP:
+            signal.raise_signal(signum)  # a terminal that closes tells it by its shell, and itself
+        else:
+            assert signal.getsignal(signum) == before  # a second one does not wait
+        signal.raise_signal(signal.SIGHUP)  # the terminal of a run that was stopped is closed while it saves
     assert signal.getsignal(signum) == before
 
 

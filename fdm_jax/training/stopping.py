@@ -59,7 +59,11 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """Listen for SIGTERM, Ctrl-C, a terminal that closes (SIGHUP) and notices of maintenance; a second signal acts as usual."""
+    """Listen for SIGTERM, Ctrl-C, a terminal that closes and notices of maintenance.
+
+    A second signal acts as usual, but for SIGHUP, which then does nothing: a terminal that closes may send it twice, by
+    its shell and by itself, or while a run that was stopped is saving.
+    """
     received: list[str] = []
     before: dict[signal.Signals, Any] = {}
     many = jax.distributed.is_initialized()
@@ -67,17 +71,16 @@ def stop_requests() -> Iterator[Stop]:
     def note(number: int, frame: Any) -> None:
         received.append(signal.Signals(number).name)
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else handler)
         if many:
             os.kill(os.getpid(), signal.SIGTERM)  # the way in to JAX's service
 
     try:
         # With several processes, SIGTERM is JAX's: its service listens for it since it was started.
-        for signum in (signal.SIGINT, signal.SIGHUP) if many else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if (
-                signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN
-            ):  # nohup's, to outlive the terminal
-                before[signum] = signal.signal(signum, note)
+        for signum in (signal.SIGINT,) if many else (signal.SIGTERM, signal.SIGINT):
+            before[signum] = signal.signal(signum, note)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it, to outlive the terminal
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, note)
     except ValueError:  # not the main thread (a notebook's worker, a test): signals are not ours to take
         before.clear()
     watching = threading.Event()

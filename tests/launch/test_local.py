@@ -227,6 +227,18 @@ def test_signals_are_passed_on(local, handled_by, signum, received, code):
     assert local.starts() == 1 and "again" not in errors
 
 
+def test_a_hang_up_is_passed_on_once(local, handled_by):
+    """A terminal that closes tells it by its shell, and itself; of fdm's processes a second SIGTERM would be the end."""
+    handled_by(signal.SIGHUP, signal.SIG_DFL)
+    launcher = local.start("local", *local.fast, "--", "train", "0:stubborn", "0:sleep=2")
+    wait_for(local.folder / "ready-0-0")
+    launcher.send_signal(signal.SIGHUP)
+    wait_for(local.folder / "signals-0")
+    launcher.send_signal(signal.SIGHUP)
+    launcher.communicate(timeout=20)
+    assert launcher.returncode == 0 and local.signals(0) == ["SIGTERM"]
+
+
 def test_under_nohup_a_hang_up_is_nothing(local, handled_by):
     handled_by(signal.SIGHUP, signal.SIG_IGN)
     launcher = local.start("local", "--processes=2", *local.fast, "--", "train", "0:sleep=30", "1:sleep=30")
