@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from fdm_jax.augment import NUM_LABELS
 from fdm_jax.data.opening import open_source
-from fdm_jax.data.sources import DataSpec, Source
+from fdm_jax.data.sources import MAX_READERS, DataSpec, Source
 from fdm_jax.defaults import flatten
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.families import Family, make_family
@@ -180,6 +180,9 @@ def _train_spec(config: ConfigDict, num_classes: int) -> TrainSpec:
     for name in ("seed", "warmup_steps"):  # int32 on the devices
         if config[name] >= 2**31:
             raise UserError(f"{name} must be below 2^31, and is {config[name]}.")
+    for name in ("threads", "workers"):
+        if config.data[name] > MAX_READERS:
+            raise UserError(f"data.{name} must be at most {MAX_READERS}, and is {config.data[name]}.")
     if not 0 <= config.augment.probability <= 1:
         raise UserError(f"augment.probability must be from 0 to 1, and is {config.augment.probability}.")
     return TrainSpec(

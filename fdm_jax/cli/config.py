@@ -48,9 +48,9 @@ def load(args: argparse.Namespace) -> ConfigDict:
     try:
         values(argv)
     except (flags.Error, TypeError, ValueError) as error:
-        for field, value in overrides:
-            if f"config.{field}" in str(error):
-                raise _wrong_type(config, field, value) from error
+        if named := [pair for pair in overrides if f"config.{pair[0]}" in str(error)]:
+            # The longest: channel_mult is part of channel_mult_emb, whichever is meant.
+            raise _wrong_type(config, *max(named, key=lambda pair: len(pair[0]))) from error
         raise UserError(f"The configuration cannot be changed as asked: {error}") from error
     _check_values(values.config)
     return values.config

@@ -28,7 +28,7 @@ from typing import Any
 import grain.python as grain
 import numpy as np
 
-from fdm_jax.data.sources import Source
+from fdm_jax.data.sources import MAX_READERS, Source
 from fdm_jax.errors import UserError
 from fdm_jax.host_memory import machine_memory
 
@@ -253,9 +253,10 @@ def make_batches(
         raise UserError(f"batch size {batch_size} does not divide by {process_count} processes; {advice} would.")
     if seed < 0:
         raise UserError(f"data seed is {seed}: it must be a whole number from 0.")
-    if num_threads < 1 or prefetch < 0 or num_workers < 0:
+    if not (1 <= num_threads <= MAX_READERS and 0 <= num_workers <= MAX_READERS and prefetch >= 0):
         raise UserError(
-            f"num_threads={num_threads} must be at least 1, num_workers={num_workers} and prefetch={prefetch} at least 0."
+            f"num_threads={num_threads} must be from 1 to {MAX_READERS}, num_workers={num_workers} from 0 to "
+            f"{MAX_READERS}, and prefetch={prefetch} at least 0."
         )
     rows = batch_size // process_count
     size, memory = rows * source.spec.resolution**2 * source.spec.channels, machine_memory()

@@ -16,6 +16,7 @@ from fdm_jax.data.idx import read_idx
 from fdm_jax.data.images import image_names
 from fdm_jax.data.prepared import PreparedSource, find_prepared
 from fdm_jax.data.raw import PictureOptions, RawData, read_pictures
+from fdm_jax.data.sources import MAX_READERS
 from fdm_jax.errors import UserError
 
 MAX_RESOLUTION = 4096
@@ -129,8 +130,8 @@ def _check(request: Request) -> None:
             raise made_in_one_way
     if request.resolution is not None and not 1 <= request.resolution <= MAX_RESOLUTION:
         raise UserError(f"--resolution must be from 1 to {MAX_RESOLUTION}, and is {request.resolution}.")
-    if request.threads < 1:
-        raise UserError(f"--threads must be 1 or more, and is {request.threads}.")
+    if not 1 <= request.threads <= MAX_READERS:
+        raise UserError(f"--threads must be from 1 to {MAX_READERS}, and is {request.threads}.")
     if len({*request.classes}) < len(request.classes) or not all(name.strip() for name in request.classes):
         raise UserError(f"--classes must be different words with commas between, and is {','.join(request.classes)!r}.")
     word = request.full_name.partition("/")[2]

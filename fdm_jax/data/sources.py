@@ -22,6 +22,8 @@ from fdm_jax.errors import UserError
 
 # Larger archives have their PNG headers checked as images are read, not when opened (20 us each in a zip).
 MAX_HEADERS_CHECKED = 100_000
+# Threads or processes that read at the same time: beyond any use, and short of what a machine refuses to start.
+MAX_READERS = 1024
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,7 +172,7 @@ def test_bench_prints_a_line_for_each_combination(photos, capsys):
         (["prepare", "cifar10", "--source=/nowhere/c.tar.gz"], "no file or folder is at /nowhere/c.tar.gz"),
         (["prepare", "folder", "--source=/nowhere"], "no zip file or folder is at /nowhere"),
         (["prepare", "ffhq64", "--source=x", "--resolution=128"], "ffhq64 is always made in one way"),
-        (["prepare", "folder", "--source=x", "--threads=0"], "--threads must be 1 or more, and is 0"),
+        (["prepare", "folder", "--source=x", "--threads=0"], "--threads must be from 1 to 1024, and is 0"),
         (["stats", "cifar10"], "cifar10 is not prepared in"),
         (["stats", "nothing"], "no data set, zip or folder is called 'nothing'"),
         (["bench", "digits", "--batch-size=64,x"], "--batch-size must be whole numbers from 1"),

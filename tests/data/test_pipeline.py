@@ -205,6 +205,8 @@ def test_all_threads_read():
         ({"count": 0}, "process count is 0"),
         ({"seed": -1}, "data seed is -1"),
         ({"num_threads": 0}, "num_threads=0"),
+        ({"num_threads": 1025}, "num_threads=1025 must be from 1 to 1024"),
+        ({"num_workers": 2**32}, "num_workers=4294967296 from 0 to 1024"),
     ],
 )
 def test_bad_arguments(options, words):
