@@ -26,6 +26,7 @@ from fdm_jax.training.parallel import Parallel, parallelise
 from fdm_jax.training.step import TrainSpec, make_train_step
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_MAX_SAMPLES = 10_000  # of a grid, which is sampled at once: a picture of 3,200 pixels and more
 
 # What may differ between a run and its continuation: how long it goes, what it reports, where its data lies, and
 # how its work is cut up, which changes numbers by rounding only.
@@ -183,6 +184,11 @@ def _train_spec(config: ConfigDict, num_classes: int) -> TrainSpec:
     for name in ("threads", "workers"):
         if config.data[name] > MAX_READERS:
             raise UserError(f"data.{name} must be at most {MAX_READERS}, and is {config.data[name]}.")
+    if config.samples.rows * config.samples.columns > _MAX_SAMPLES:
+        raise UserError(
+            f"samples.rows = {config.samples.rows} times samples.columns = {config.samples.columns} must be at most "
+            f"{_MAX_SAMPLES:,} images."
+        )
     if not 0 <= config.augment.probability <= 1:
         raise UserError(f"augment.probability must be from 0 to 1, and is {config.augment.probability}.")
     return TrainSpec(

@@ -90,7 +90,7 @@ def doubts(experiment: Experiment, source: Source) -> Iterator[str]:
             f"the network is for {experiment.num_classes} classes and the data have {classes}: of the others it learns "
             f"nothing, and samples of them will be of no use. To leave them out, set --config.data.num_classes={classes}."
         )
-    for resolution in experiment.network.attn_resolutions:
+    for resolution in dict.fromkeys(experiment.network.attn_resolutions):
         if resolution not in resolutions:
             yield (
                 f"network.attn_resolutions names {resolution}, and the network's resolutions are {resolutions}: that gives "

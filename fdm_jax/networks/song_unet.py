@@ -35,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ddpmpp": {"embedding": "positional", "channel_mult_noise": 1, "residual": False, "resample_filter": (1, 1)},
     "ncsnpp": {"embedding": "fourier", "channel_mult_noise": 2, "residual": True, "resample_filter": (1, 3, 3, 1)},
 }
+_MAX_CHANNELS = 2**20  # JAX and XLA count the numbers in a layer's weights in 64 bits, and fail where those overflow
 
 
 class SongUNet(nn.Module):
@@ -100,6 +101,12 @@ class SongUNet(nn.Module):
             raise UserError(f"network.num_blocks must be at most 1000, and is {self.num_blocks}.")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise UserError(f"network.channel_mult must name a factor per level, and is {tuple(self.channel_mult)}.")
+        for name, mult in (("channel_mult", max(self.channel_mult)), ("channel_mult_emb", self.channel_mult_emb)):
+            if self.model_channels * mult > _MAX_CHANNELS:
+                raise UserError(
+                    f"network.model_channels = {self.model_channels} times {mult} of network.{name} must be at most "
+                    f"{_MAX_CHANNELS:,}."
+                )
         factor = 2 ** (len(self.channel_mult) - 1)
         if self.resolution % factor:
             raise UserError(

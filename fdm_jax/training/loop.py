@@ -28,7 +28,7 @@ from fdm_jax.training.evaluating import Evaluator
 from fdm_jax.training.locking import locked
 from fdm_jax.training.metering import Meter
 from fdm_jax.training.metrics import is_evaluation
-from fdm_jax.training.starting import check_configuration, initial_state, weights_of_another_run
+from fdm_jax.training.starting import check_configuration, fresh_state, initial_state, weights_of_another_run
 from fdm_jax.training.stopping import Stop, stop_requests
 from fdm_jax.training.writers import Writers
 from fdm_jax.whole_files import write_text
@@ -41,7 +41,8 @@ def check(experiment: Experiment) -> None:
     """Raise the UserErrors of :func:`train` that need no workdir; nothing is compiled, nothing is written."""
     experiment.check_devices(jax.device_count())
     mesh = make_mesh()
-    experiment.parallelised(mesh)
+    parallel = experiment.parallelised(mesh)
+    fresh_state(experiment.network, experiment.spec, experiment.image_shape, parallel.state_sharding)
     _evaluator(experiment, mesh)
     weights_of_another_run(experiment)
 

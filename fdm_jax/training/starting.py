@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from fdm_jax.errors import UserError
 from fdm_jax.experiment import Experiment, differing_fields
+from fdm_jax.host_memory import machine_memory
 from fdm_jax.networks import SongUNet
 from fdm_jax.training.checkpoints import Checkpoints, check_alike
 from fdm_jax.training.step import TrainSpec, TrainState, init_state
@@ -49,6 +51,9 @@ def fresh_state(
     Args:
       network, spec, image_shape: see :func:`~fdm_jax.training.step.init_state`.
       state_sharding: shapes of a state -> where each of its arrays is to lie.
+
+    Raises:
+      UserError: that does not fit into memory, see :func:`check_memory`.
     """
 
     def fresh() -> TrainState:
@@ -62,7 +67,30 @@ def fresh_state(
         # Run once: LLVM's optimisations would take three times as long as they save.
         compiler_options={"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None,
     )
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings), init
+    shapes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+    check_memory(shapes)
+    return shapes, init
+
+
+def check_memory(state: Any) -> None:
+    """Raise a UserError if a state of training, its shapes with shardings, is by itself more than the memory there is.
+
+    Not every system refuses memory that it has not: Linux gives it, and kills who uses it.
+    """
+    need = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(state))
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":  # which are parts of one machine
+        need, have, where, instead = need * len(devices), machine_memory(), "this machine", "take a machine with more"
+    else:
+        have = min((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices)
+        where = f"a device ({devices[0].device_kind})"
+        instead = "deal the state to more devices with --config.parallel=fsdp"
+    if need > have:
+        count = sum(math.prod(a.shape) for a in jax.tree.leaves(state.params))
+        raise UserError(
+            f"The network has {count:,} parameters: with Adam's moments and the average they take "
+            f"{need / 2**30:,.1f} GiB, and {where} has {have / 2**30:,.1f} GiB: take a smaller network, or {instead}."
+        )
 
 
 def initial_state(
@@ -77,7 +105,8 @@ def initial_state(
       workdir: of the run; a new one gets its ``parameters.txt``.
 
     Raises:
-      UserError: there are checkpoints, and none can be read; or init_from names no model of this shape.
+      UserError: the state does not fit into memory; there are checkpoints, and none can be read; or init_from names no
+        model of this shape.
     """
 
     shapes, init = fresh_state(experiment.network, experiment.spec, experiment.image_shape, state_sharding)

@@ -1,0 +1,45 @@
+"""What a run starts from."""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fdm_jax.devices import make_mesh, replicated, sharded
+from fdm_jax.errors import UserError
+from fdm_jax.training import starting
+
+
+class State(NamedTuple):
+    params: dict
+    ema: dict
+
+
+def state(placed):
+    """A million parameters and their average, 4 bytes each: 8 MB."""
+    numbers = jax.ShapeDtypeStruct((1000, 1000), jnp.float32, sharding=placed(make_mesh()))
+    return State(params={"kernel": numbers}, ema={"kernel": numbers})
+
+
+@pytest.mark.parametrize("placed, need", [(replicated, 64e6), (sharded, 8e6)])
+def test_cpu_devices_share_the_memory_of_one_machine(monkeypatch, placed, need):
+    """Eight of them: eight copies, or one that is dealt out."""
+    monkeypatch.setattr(starting, "machine_memory", lambda: need)
+    starting.check_memory(state(placed))
+    monkeypatch.setattr(starting, "machine_memory", lambda: need - 1)
+    with pytest.raises(UserError, match=r"has 1,000,000 parameters: .* this machine has .* or take a machine with more"):
+        starting.check_memory(state(placed))
+
+
+@pytest.mark.parametrize("placed, need", [(replicated, 8e6), (sharded, 1e6)])
+def test_other_devices_have_memory_of_their_own(monkeypatch, placed, need):
+    """The least of what they say decides, and one that says nothing may have enough."""
+    said = [{"bytes_limit": need + 1}, {"bytes_limit": need}, None]
+    devices = [SimpleNamespace(platform="gpu", device_kind="H200", memory_stats=lambda s=s: s) for s in said]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    starting.check_memory(state(placed))
+    said[1]["bytes_limit"] -= 1
+    with pytest.raises(UserError, match=r"a device \(H200\) has .* GiB: .* deal the state to more devices with --config"):
+        starting.check_memory(state(placed))
