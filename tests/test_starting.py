@@ -29,7 +29,9 @@ def test_cpu_devices_share_the_memory_of_one_machine(monkeypatch, placed, need):
     monkeypatch.setattr(starting, "machine_memory", lambda: need)
     starting.check_memory(state(placed))
     monkeypatch.setattr(starting, "machine_memory", lambda: need - 1)
-    with pytest.raises(UserError, match=r"has 1,000,000 parameters: .* this machine has .* or take a machine with more"):
+    with pytest.raises(
+        UserError, match=r"has 1,000,000 parameters: .* this machine has .* or take a machine with more"
+    ):
         starting.check_memory(state(placed))
 
 
@@ -41,5 +43,7 @@ def test_other_devices_have_memory_of_their_own(monkeypatch, placed, need):
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
     starting.check_memory(state(placed))
     said[1]["bytes_limit"] -= 1
-    with pytest.raises(UserError, match=r"a device \(H200\) has .* GiB: .* deal the state to more devices with --config"):
+    with pytest.raises(
+        UserError, match=r"a device \(H200\) has .* GiB: .* deal the state to more devices with --config"
+    ):
         starting.check_memory(state(placed))

@@ -49,7 +49,10 @@ def refused(capsys, arguments, started=False):
         ("--config.warmup_steps=-1", "warmup_steps must be 0 or more"),
         ("--config.warmup_steps=9999999999", "warmup_steps must be below 2^31, and is 9999999999"),
         ("--config.network.num_blocks=1001", "network.num_blocks must be at most 1000, and is 1001"),
-        ("--config.network.model_channels=4194304", "= 4194304 times 1 of network.channel_mult must be at most 1,048,576"),
+        (
+            "--config.network.model_channels=4194304",
+            "= 4194304 times 1 of network.channel_mult must be at most 1,048,576",
+        ),
         ("--config.network.model_channels=65536", "parameters: with Adam's moments and the average they take"),
         ("--config.network.channel_mult_emb=999999", "= 4 times 999999 of network.channel_mult_emb must be at most"),
         ("--config.samples.rows=1001", "samples.rows = 1001 times samples.columns = 10 must be at most 10,000 images"),
