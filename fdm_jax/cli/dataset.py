@@ -21,7 +21,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from fdm_jax.cli.places import path_argument
+from fdm_jax.cli.places import check_out, path_argument
 from fdm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -166,6 +166,8 @@ def stats(args: argparse.Namespace) -> int:
     from fdm_jax import pictures
     from fdm_jax.data import statistics
 
+    if args.out is not None:
+        check_out(args.out, ".png")
     source = _open(args)
     spec, result = source.spec, statistics.measure(source)
     names = spec.class_names or tuple(map(str, range(spec.num_classes)))

@@ -19,7 +19,7 @@ import numpy as np
 
 from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.generate import parse_seeds
-from fdm_jax.cli.places import path_argument, place_argument
+from fdm_jax.cli.places import check_out, path_argument, place_argument
 from fdm_jax.cli.sampling import (
     Loaded,
     add_checkpoint_argument,
@@ -168,8 +168,7 @@ def make_edit(
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.out.suffix != ".png":
-        raise UserError(f"--out must end in .png, and is {args.out}.")
+    check_out(args.out, ".png")
     need_positive(args, "batch", "steps", "nfe", "resample")
     check_noise(args)
     for name, action in (("strength", "vary"), ("frames", "interpolate")):

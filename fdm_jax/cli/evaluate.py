@@ -32,7 +32,7 @@ from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.distributed import add_distributed_argument, joined
 from fdm_jax.cli.features import FEATURES, extract_all, gather
 from fdm_jax.cli.images import existing_images, generated_images
-from fdm_jax.cli.places import path_argument, place_argument
+from fdm_jax.cli.places import check_out, path_argument, place_argument
 from fdm_jax.cli.record import write_json
 from fdm_jax.cli.sampling import add_checkpoint_argument, add_class_argument, add_sampling_arguments, check_noise
 from fdm_jax.errors import UserError
@@ -232,8 +232,7 @@ def make_reference(args: argparse.Namespace) -> int:
     from fdm_jax.evaluation.references import Reference, save_reference
     from fdm_jax.progress import Progress
 
-    if args.out.suffix != ".npz":
-        raise UserError(f"--out must end in .npz, and is {args.out}.")
+    check_out(args.out, ".npz")
     source = _open_data(args, use_labels=False)
     spec, num = source.spec, args.num or len(source)
     if num > len(source):
@@ -269,6 +268,7 @@ def fit_classifier(args: argparse.Namespace) -> int:
     from fdm_jax.evaluation import classifier
     from fdm_jax.progress import Progress
 
+    check_out(args.out, ".safetensors")
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed must be from 0 to 2^31 - 1, and is {args.seed}.")
     source = _open_data(args, use_labels=True)

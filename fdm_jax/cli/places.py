@@ -29,6 +29,18 @@ def _read(text: str, read: Callable[[str], Path]) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def check_out(path: Path, ending: str) -> None:
+    """Refuse an --out that is no file of its kind: a slip would overwrite another one, such as a run's config.json.
+
+    Raises:
+      UserError: its name ends in something else, or it is a folder.
+    """
+    if path.suffix != ending:
+        raise UserError(f"--out must end in {ending}, and is {path}.")
+    if path.is_dir():
+        raise UserError(f"--out {path} cannot be written: it is a folder.")
+
+
 def check_local(args: argparse.Namespace) -> None:
     """Refuse gs:// where only a local path will do.
 

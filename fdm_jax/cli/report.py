@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdm_jax.cli.places import path_argument, place_argument
+from fdm_jax.cli.places import check_out, path_argument, place_argument
 from fdm_jax.cli.record import parse_record
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import is_remote, resolved, write_whole
@@ -69,10 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_out(out: Path) -> None:
-    if out.suffix != ".html":
-        raise UserError(f"--out must end in .html, and is {out}.")
-    if out.is_dir():
-        raise UserError(f"--out {out} cannot be written: it is a folder.")
+    check_out(out, ".html")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out} cannot be written: there is no folder {out.parent}.")
     if not os.access(out.absolute().parent, os.W_OK):

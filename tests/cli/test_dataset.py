@@ -175,6 +175,7 @@ def test_bench_prints_a_line_for_each_combination(photos, capsys):
         (["prepare", "folder", "--source=x", "--threads=0"], "--threads must be from 1 to 1024, and is 0"),
         (["stats", "cifar10"], "cifar10 is not prepared in"),
         (["stats", "nothing"], "no data set, zip or folder is called 'nothing'"),
+        (["stats", "digits", "--out=config.json"], "--out must end in .png, and is config.json"),
         (["bench", "digits", "--batch-size=64,x"], "--batch-size must be whole numbers from 1"),
         (["bench", "digits", "--workers=-1"], "--workers must be whole numbers from 0"),
         (["export", "digits", "--out=digits.tar"], "--out must end in .zip"),

@@ -227,6 +227,17 @@ def test_a_seed_that_is_none(tmp_path, capsys):
     assert "--seed must be from 0 to 2^31 - 1, and is -1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("action, ending", [("ref", "npz"), ("fit-classifier", "safetensors")])
+def test_an_output_that_is_another_file_or_a_folder(tmp_path, capsys, action, ending):
+    """Found before anything is computed; a run's configuration is not overwritten by a slip."""
+    for name, sentence in (("config.json", f"--out must end in .{ending}, and is"), (f"x.{ending}", "it is a folder")):
+        out = tmp_path / name
+        (out.mkdir if name.startswith("x") else out.touch)()
+        assert main(["evaluate", action, "--data=digits", f"--out={out}"]) == 2
+        assert sentence in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_bytes() == b""
+
+
 def test_another_evaluation_in_the_folder(measured, place, capsys):
     out, arguments = measured
     assert evaluate(place, *arguments, "--first-seed=7") == 2
