@@ -2,6 +2,10 @@
 
 import ast
 import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
 
 import fdm_jax
 
@@ -53,3 +57,18 @@ def test_one_module_reads_the_configuration():
     """Elsewhere a ConfigDict is handed on; fields are read by experiment, and by the loop for what it reports."""
     readers = {path.name for path in ROOT.rglob("*.py") if "ml_collections" in set(imports(path))}
     assert readers <= {"experiment.py", "defaults.py", "config.py"}
+
+
+def test_the_package_has_the_configurations(tmp_path):
+    """Whoever installs it without the repository has those of configs/, and by the same names."""
+    for name in ("LICENSE", "README.md", "pyproject.toml", "setup.cfg"):
+        shutil.copy(ROOT.parent / name, tmp_path)
+    for name in ("configs", "fdm_jax"):
+        shutil.copytree(
+            ROOT.parent / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    build = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    with zipfile.ZipFile(*tmp_path.glob("*.whl")) as wheel:
+        for file in (ROOT.parent / "configs").glob("*.py"):
+            assert wheel.read(f"fdm_jax/configs/{file.name}") == file.read_bytes()

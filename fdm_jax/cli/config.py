@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+import fdm_jax
 from fdm_jax.defaults import default_config, field_names, flatten
 from fdm_jax.errors import UserError, nearest
 
@@ -23,8 +24,8 @@ def add_config_argument(parser: argparse.ArgumentParser, required: bool = True) 
         "--config",
         required=required,
         metavar="FILE.py:NAME",
-        help="a configuration, such as configs/edm.py:digits; set single fields with --config.FIELD=VALUE, "
-        "for example --config.train.batch_size=256",
+        help="a configuration: a file of yours, or configs/edm.py:digits and others that come with fdm_jax; set single "
+        "fields with --config.FIELD=VALUE, for example --config.train.batch_size=256",
     )
 
 
@@ -92,13 +93,20 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and value != "" and "," not in value
 
 
+def _find(path: str) -> Path:
+    """The user's file, or the one of that name that comes with the package: configs/edm.py, from whatever folder."""
+    ours = {f"configs/{file.name}": file for file in Path(fdm_jax.__file__).with_name("configs").glob("*.py")}
+    file = Path(path)
+    if not file.is_file():
+        file = ours.get(file.as_posix(), file)
+    if not file.is_file():
+        where = "" if file.is_absolute() else f" in {Path.cwd()}, nor in fdm_jax"
+        raise UserError(f"There is no configuration file {path!r}{where}: {nearest(path, ours)}")
+    return file
+
+
 def _load_file(path: str, name: str) -> ConfigDict:
-    if not Path(path).is_file():
-        where = "" if Path(path).is_absolute() else f" in {Path.cwd()}"
-        raise UserError(
-            f"There is no configuration file {path!r}{where}: the repository has some, such as configs/edm.py:digits."
-        )
-    spec = importlib.util.spec_from_file_location("fdm_config", path)
+    spec = importlib.util.spec_from_file_location("fdm_config", _find(path))
     if spec is None or spec.loader is None:
         raise UserError(f"The configuration file {path!r} must be a Python file, with a name ending in .py.")
     module = importlib.util.module_from_spec(spec)

@@ -115,7 +115,7 @@ def test_fields_of_a_file_that_do_not_exist(capsys, tmp_path, lines, words):
 def test_unknown_recipe_and_file(capsys, tmp_path):
     for config, sentence in (
         ("configs/edm.py:digit", "did you mean 'digits'"),
-        ("configs/edn.py:digits", f"no configuration file 'configs/edn.py' in {tiny.ROOT}: "),
+        ("configs/edn.py:digits", f"'configs/edn.py' in {tiny.ROOT}, nor in fdm_jax: did you mean 'configs/edm.py'?"),
         ("/nowhere/edm.py:digits", "no configuration file '/nowhere/edm.py': "),
     ):
         assert sentence in refused(capsys, ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"])
