@@ -54,7 +54,8 @@ def test_a_notice_stops_the_run(metadata, key, event):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_stops_the_run(signum):
+def test_a_signal_stops_the_run(signum, handled_by):
+    handled_by(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests have it ignored
     before = signal.getsignal(signum)
     with stopping.stop_requests() as stop:
         assert not stop.after(1)
@@ -68,14 +69,11 @@ def test_a_signal_stops_the_run(signum):
     assert signal.getsignal(signum) == before
 
 
-def test_nohup_outlives_the_terminal():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with stopping.stop_requests() as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert not stop.after(1)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_nohup_outlives_the_terminal(handled_by):
+    handled_by(signal.SIGHUP, signal.SIG_IGN)
+    with stopping.stop_requests() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.after(1)
 
 
 def test_no_server_is_no_harm(monkeypatch, caplog):
