@@ -152,6 +152,22 @@ class Experiment:
             mesh,
         )
 
+    def sample_grid(self) -> tuple[int, int]:
+        """Rows and columns of a run's pictures of samples; a column per class, if there are classes.
+
+        Raises:
+          UserError: they are too many to be sampled at once.
+        """
+        rows, columns = self.config.samples.rows, self.config.samples.columns
+        if self.num_classes:
+            columns = min(columns, self.num_classes)
+        if rows * columns > _MAX_SAMPLES:
+            raise UserError(
+                f"samples.rows = {rows} times {columns} columns must be at most {_MAX_SAMPLES:,} images: lower "
+                "samples.rows or samples.columns."
+            )
+        return rows, columns
+
     def check_devices(self, devices: int) -> None:
         """Raise a UserError unless a round's batch can be dealt to so many devices."""
         batch, rounds = self.spec.batch_size, self.spec.accumulation
@@ -184,11 +200,6 @@ def _train_spec(config: ConfigDict, num_classes: int) -> TrainSpec:
     for name in ("threads", "workers"):
         if config.data[name] > MAX_READERS:
             raise UserError(f"data.{name} must be at most {MAX_READERS}, and is {config.data[name]}.")
-    if config.samples.rows * config.samples.columns > _MAX_SAMPLES:
-        raise UserError(
-            f"samples.rows = {config.samples.rows} times samples.columns = {config.samples.columns} must be at most "
-            f"{_MAX_SAMPLES:,} images."
-        )
     if not 0 <= config.augment.probability <= 1:
         raise UserError(f"augment.probability must be from 0 to 1, and is {config.augment.probability}.")
     return TrainSpec(

@@ -40,6 +40,7 @@ PROGRAMS_IN_FLIGHT = 4
 def check(experiment: Experiment) -> None:
     """Raise the UserErrors of :func:`train` that need no workdir; nothing is compiled, nothing is written."""
     experiment.check_devices(jax.device_count())
+    experiment.sample_grid()
     mesh = make_mesh()
     parallel = experiment.parallelised(mesh)
     fresh_state(experiment.network, experiment.spec, experiment.image_shape, parallel.state_sharding)
@@ -92,6 +93,7 @@ class _Run:
         self.parallel = experiment.parallelised(self.mesh)
         self.total_steps = -(-self.config.train.images // self.batch_size)
         self.at_once = self.config.train.steps_at_once
+        self.sample_grid = experiment.sample_grid()
         self.checkpoint_steps = self._steps(self.config.checkpoint.every_images)
         keep = round(self.config.checkpoint.keep_every_images / self.batch_size / self.checkpoint_steps)
         self.checkpoints = Checkpoints(
@@ -310,9 +312,8 @@ class _Run:
     def _sample(self) -> None:
         """A grid from the EMA with seeds 0, 1, ...; with classes, a class per column."""
         with self.meter.paused():
-            samples, classes = self.config.samples, self.experiment.num_classes
-            columns = min(samples.columns, classes) if classes else samples.columns
-            seeds = np.arange(samples.rows * columns)
+            rows, columns = self.sample_grid
+            seeds = np.arange(rows * columns)
             if self.generator is None:
                 self.generator = BatchedGenerator(self.experiment.generate_fn(), self.mesh, len(seeds))
             try:

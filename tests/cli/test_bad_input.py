@@ -55,7 +55,7 @@ def refused(capsys, arguments, started=False):
         ),
         ("--config.network.model_channels=65536", "parameters: with Adam's moments and the average they take"),
         ("--config.network.channel_mult_emb=999999", "= 4 times 999999 of network.channel_mult_emb must be at most"),
-        ("--config.samples.rows=1001", "samples.rows = 1001 times samples.columns = 10 must be at most 10,000 images"),
+        ("--config.samples.rows=1001", "samples.rows = 1001 times 10 columns must be at most 10,000 images"),
         ("--config.init_from=", "init_from is empty"),
         ("--config.init_from=/nowhere", "/nowhere"),
         ("--config.eval.ref=pixels.npz", "with eval.every_images=0 nothing is measured"),
