@@ -29,6 +29,7 @@ import jax.experimental
 import numpy as np
 import pytest
 
+from fdm_jax.experiment import Experiment
 from fdm_jax.xla_flags import avoid_slow_convolutions
 
 avoid_slow_convolutions()  # as the program does, so that tests share compiled programs with those that they start
@@ -77,6 +78,22 @@ enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.
 def nhwc(array):
     """[..., C, H, W] -> [..., H, W, C]."""
     return np.moveaxis(np.asarray(array), -3, -1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_step_for_all_runs_alike():
+    """Runs of one configuration, begun by this process, share a train step: to trace and to load it is most of a tiny run."""
+    steps, parallelised = {}, Experiment.parallelised
+
+    def shared(self, mesh):
+        made_from = (self.config.parallel, self.network, self.family, self.spec, mesh)
+        if made_from not in steps:
+            steps[made_from] = parallelised(self, mesh)
+        return steps[made_from]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experiment, "parallelised", shared)
+        yield
 
 
 @pytest.fixture(scope="session")
