@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from absl import logging
 
 from fdm_jax import __version__
+from fdm_jax.cli.compile_cache import compile_cache
 from fdm_jax.cli.places import check_local
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError, memory_full
 from fdm_jax.host_memory import keep_freed_memory
@@ -75,17 +76,6 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
 
-def use_compile_cache() -> None:
-    """Keep compiled programs in the user's cache directory, unless JAX was told where to keep them."""
-    import jax
-
-    from fdm_jax.user_dirs import user_cache_dir
-
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(user_cache_dir() / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
 def main(argv: Sequence[str]) -> int:
     """Run a command; returns its exit code: 0, 2 for what the user can mend, 75 for "start me again", or 130 after Ctrl-C."""
     args = parse(argv)
@@ -94,8 +84,8 @@ def main(argv: Sequence[str]) -> int:
         logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
         keep_freed_memory()
         avoid_slow_convolutions()
-        use_compile_cache()
-        return args.run(args)
+        with compile_cache():
+            return args.run(args)
     except UserError as error:
         sentence = str(error)
     except RestartNeeded as error:
