@@ -17,7 +17,7 @@ from typing import Any
 
 from fdm_jax.user_dirs import user_cache_dir
 
-_TROUBLE = re.compile(r"Error (?:reading|writing) persistent compilation cache entry for '(.+?)': (.*)", re.DOTALL)
+_TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -44,10 +44,10 @@ def compile_cache() -> Iterator[None]:
         warnings.showwarning = show
 
 
-def _mended(directory: str, program: str, cause: str) -> str:
-    """Remove what was cut short of a program's entries, and say what that means."""
+def _mended(directory: str, when: str, program: str, cause: str) -> str:
+    """Remove what was cut short of a program's entries, and say what that means; ``when`` is "reading" or "writing"."""
     cut_short = _remove_cut_short(directory, program)
-    if cut_short and "No space left" not in cause:
+    if cut_short and when == "reading":
         return f"{program} in {directory} was cut short, as by a kill or a full disk: removed, to be compiled and kept anew."
     return (
         f"{program} cannot be kept in {directory} ({cause}): the next start compiles it again. "
