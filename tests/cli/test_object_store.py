@@ -58,10 +58,10 @@ def test_run_that_is_killed_stopped_and_damaged(store, straight_run, data_dir, t
 
     store.before_upload = kill
     try:
-        process.wait(240)
+        said, _ = process.communicate(timeout=240)
     finally:
         store.before_upload = lambda name: None
-    assert process.returncode == -9, process.stdout.read()
+    assert process.returncode == -9, said
     assert steps(store, "run") == [4] and store.names("bucket", "run/checkpoints/8/")
     assert "run/.lock" in store.names("bucket", "run/")
 
