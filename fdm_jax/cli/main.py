@@ -84,6 +84,8 @@ def main(argv: Sequence[str]) -> int:
         logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
         keep_freed_memory()
         avoid_slow_convolutions()
+        # JAX's default, and one of two ways to draw from a key: a run draws alike whatever the environment asks for.
+        os.environ["JAX_THREEFRY_PARTITIONABLE"] = "1"
         with compile_cache():
             return args.run(args)
     except UserError as error:

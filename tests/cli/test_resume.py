@@ -107,8 +107,9 @@ def wait_for(condition, process, seconds=240):
         time.sleep(0.002)
 
 
-def test_kill_in_the_middle_of_saves_loses_nothing(straight_run, data_dir, tmp_path, capsys):
-    """kill -9 while a checkpoint is half written; then the run goes on to the same bits."""
+def test_kill_in_the_middle_of_saves_loses_nothing(straight_run, data_dir, tmp_path, capsys, monkeypatch):
+    """kill -9 while a checkpoint is half written; then the run goes on to the same bits, in another environment too."""
+    monkeypatch.setenv("JAX_THREEFRY_PARTITIONABLE", "0")  # other draws, up to jax 0.4 the default
     workdir = tmp_path / "run"
     saves, caught = workdir / "checkpoints", False
 
