@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Event:
       op: its name in the compiled program.
       start, duration: in nanoseconds.
       run: which run of which program it belongs to; None where the trace does not say.
+      left_until: in nanoseconds; until when it was, perhaps, in the hands of other threads than the one that began it, as
+        convolutions on CPUs are for nearly all of their time; 0 if it was not.
     """
 
     device: str
@@ -34,6 +36,7 @@ class Event:
     start: float
     duration: float
     run: str | None = None
+    left_until: float = 0.0
 
     @property
     def end(self) -> float:
@@ -62,14 +65,24 @@ def _events(planes: Iterable[Any]) -> list[Event]:
         lines = list(plane.lines)
         # TPUs have a line whose events are the operations; on GPUs and CPUs those that are say so.
         whole = [line for line in lines if line.name == "XLA Ops" and plane.name.startswith("/device:")]
+        numbered: list[tuple[int, Event]] = []
+        ends: dict[int, float] = {}
         for place, line in enumerate(whole or lines):
             for event in line.events:
-                stats = dict(event.stats)
+                stats, start = dict(event.stats), float(event.start_ns)
                 op = stats.get("hlo_op", _leading_name(event.name) if whole else None)
                 if op is not None:
-                    start, duration = float(event.start_ns), float(event.duration_ns)
                     run = f"{stats.get('hlo_module')}#{stats['run_id']}" if "run_id" in stats else None
-                    events.append(Event(plane.name, f"{line.name}#{place}", str(op), start, duration, run))
+                    own = Event(plane.name, f"{line.name}#{place}", str(op), start, float(event.duration_ns), run)
+                    numbered.append((stats.get("_p", 0), own))
+                elif event.name.startswith("end: "):
+                    ends[stats.get("_c", 0)] = start
+        for number, event in numbered:
+            left_until = ends.get(number, 0.0)
+            # Of a loop or a call the operations in it have events of their own.
+            if left_until > event.end and not re.match(r"(while|call|conditional)\b", event.op):
+                event = dataclasses.replace(event, left_until=left_until)
+            events.append(event)
     return events
 
 
@@ -85,6 +98,10 @@ def own_times(events: Iterable[Event]) -> dict[str, tuple[float, int]]:
     only begins within another on the same line is launched early, as NVIDIA's GPUs do (programmatic dependent launch),
     and waits for it: its own time begins where the other ends.  (A convolution's 1.8 ms on an H200 would otherwise be
     those of a sum of 0.3 MB after it.)
+
+    One that was left to other threads also has the time in which no operation was in the hands of the thread that had
+    begun it; those that were left at once share it.  (Not all of the time until its end is said: a thread may go on with
+    the next operations before it says so.)
     """
     times: dict[str, float] = collections.defaultdict(float)
     runs: collections.Counter[str] = collections.Counter()
@@ -102,7 +119,32 @@ def own_times(events: Iterable[Event]) -> dict[str, tuple[float, int]]:
             times[event.op] += event.end - around[-1].end if around and not inside else event.duration
             runs[event.op] += 1
             around.append(event)
+    for op, time in _times_of_others(events):
+        times[op] += time
     return {op: (max(time, 0.0), runs[op]) for op, time in times.items()}
+
+
+def _times_of_others(events: Iterable[Event]) -> Iterator[tuple[str, float]]:
+    """Operation and nanoseconds, of those left to other threads."""
+    devices = collections.defaultdict(list)
+    for event in events:
+        devices[event.device].append(event)
+    for own in devices.values():
+        marks: list[tuple[float, int, Event]] = []  # when, how many more are in the hands of their own threads, which
+        for event in own:
+            marks += [(event.start, 1, event), (event.end, -1, event)]
+            if event.left_until:
+                marks.append((event.left_until, 0, event))
+        marks.sort(key=lambda mark: mark[0])
+        begun, left, before = 0, set[Event](), 0.0
+        for now, more, event in marks:
+            if not begun and left:
+                yield from ((other.op, (now - before) / len(left)) for other in left)
+            begun, before = begun + more, now
+            if more < 0 and event.left_until:
+                left.add(event)
+            elif not more:
+                left.discard(event)
 
 
 def runs_by_order(events: Iterable[Event], program: str) -> list[Event]:
@@ -146,7 +188,7 @@ def idle(events: Iterable[Event]) -> dict[str, dict[str, Any]]:
             if event.start > end:
                 pauses.append(event.start - end)
                 between += pauses[-1] if event.run != run else 0.0
-            end, run = max(end, event.end), event.run
+            end, run = max(end, event.end, event.left_until), event.run
         window = max(end - begin, 1.0)
         found[device] = {
             "window": window,

@@ -92,6 +92,65 @@ def test_launches_on_the_host_are_not_operations(tmp_path):
     ]  # fmt: skip
 
 
+# As XLA writes it on CPUs: operations on the threads that begin them, and, of what other threads may go on with, an "end: "
+# with the same number.  A convolution that goes on until 100 while its thread has begun a sum and a copy; a loop, which
+# goes on too, but in operations that have events of their own; an operation whose end was not traced any more.
+CPU_TRACE = """
+planes {
+  id: 1 name: "/host:CPU"
+  lines {
+    id: 7 name: "tf_XLAEigen/1" timestamp_ns: 1000
+    events { metadata_id: 1 offset_ps: 5000 duration_ps: 20000
+      stats { metadata_id: 1 str_value: "conv.1" } stats { metadata_id: 2 int64_value: 11 } }
+    events { metadata_id: 2 offset_ps: 30000 duration_ps: 10000
+      stats { metadata_id: 1 str_value: "sum.2" } stats { metadata_id: 2 int64_value: 12 } }
+    events { metadata_id: 5 offset_ps: 39000 duration_ps: 500 stats { metadata_id: 3 int64_value: 12 } }
+    events { metadata_id: 3 offset_ps: 50000 duration_ps: 3000
+      stats { metadata_id: 1 str_value: "while.3" } stats { metadata_id: 2 int64_value: 13 } }
+    events { metadata_id: 4 offset_ps: 51000 duration_ps: 1000
+      stats { metadata_id: 1 str_value: "copy.4" } stats { metadata_id: 2 int64_value: 15 } }
+  }
+  lines {
+    id: 8 name: "tf_XLAEigen/2" timestamp_ns: 1000
+    events { metadata_id: 6 offset_ps: 100000 duration_ps: 500 stats { metadata_id: 3 int64_value: 11 } }
+    events { metadata_id: 7 offset_ps: 120000 duration_ps: 500 stats { metadata_id: 3 int64_value: 13 } }
+  }
+  event_metadata { key: 1 value { id: 1 name: "conv.1" } }
+  event_metadata { key: 2 value { id: 2 name: "sum.2" } }
+  event_metadata { key: 3 value { id: 3 name: "while.3" } }
+  event_metadata { key: 4 value { id: 4 name: "copy.4" } }
+  event_metadata { key: 5 value { id: 5 name: "end: sum.2" } }
+  event_metadata { key: 6 value { id: 6 name: "end: conv.1" } }
+  event_metadata { key: 7 value { id: 7 name: "end: while.3" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+  stat_metadata { key: 2 value { id: 2 name: "_p" } }
+  stat_metadata { key: 3 value { id: 3 name: "_c" } }
+}
+"""
+
+
+def test_operations_that_other_threads_go_on_with(tmp_path):
+    trace = tmp_path / "t.xplane.pb"
+    trace.write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(CPU_TRACE))
+    events = profiling.read_events(trace)
+    assert [(event.op, event.start, event.duration, event.left_until) for event in events] == [
+        ("conv.1", 1005, 20, 1100), ("sum.2", 1030, 10, 0), ("while.3", 1050, 3, 0), ("copy.4", 1051, 1, 0),
+    ]  # fmt: skip
+    # To the convolution the pauses of 5, 10 and 47 too.
+    assert own_times(events) == {"conv.1": (82, 1), "sum.2": (10, 1), "while.3": (2, 1), "copy.4": (1, 1)}
+    assert idle(events)["/host:CPU"] == {"window": 95, "idle": 0, "between": None, "longest_gap": 0}
+
+
+def test_two_left_to_other_threads_share_the_pauses():
+    """Both from 20 to 30, one of them to 50, where the other device's operation is in nobody's way; then all is idle."""
+    events = [
+        Event("d", "a", "x", 0, 10, None, 30), Event("d", "a", "y", 10, 10, None, 50), Event("e", "a", "z", 0, 60),
+        Event("d", "a", "x", 60, 40),
+    ]  # fmt: skip
+    assert own_times(events) == {"x": (55, 2), "y": (35, 1), "z": (60, 1)}
+    assert idle(events)["d"] == {"window": 100, "idle": 0.1, "between": None, "longest_gap": 10}
+
+
 # What three platforms write, in short: a custom call, a tuple, a fusion that is named by its inside, layouts with tiles.
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -164,7 +223,8 @@ def test_of_a_real_program(tmp_path):
     compiled = program.lower(x).compile()
     jax.block_until_ready(compiled(x))
     with jax.profiler.trace(tmp_path):
-        jax.block_until_ready([compiled(x) for _ in range(2)])
+        for _ in range(2):  # one after the other: on CPUs they would share the cores, and the times of both be longer
+            jax.block_until_ready(compiled(x))
     (trace,) = tmp_path.rglob("*.xplane.pb")
     events = profiling.read_events(trace)
     summary = profiling.summarise(events, compiled.as_text(), {}, steps=2)

@@ -11,7 +11,8 @@ apart, how long between one run of a program and the next (waiting for the host 
 images are synthetic, and loading is not in it.  `loop` is what `fdm train` does, from files to logged metrics, in a
 workdir that is thrown away; only checkpoints, samples and evaluations are left out.  On NVIDIA's GPUs the operations of
 samplers, and of several steps as one program, are launched one by one here, not in CUDA graphs as otherwise, or the trace
-could not name them: a GPU may idle more.
+could not name them: a GPU may idle more.  On CPUs all threads are one device, whose operations may run beside each other,
+and tracing itself takes time, a quarter and more.
 """
 
 from __future__ import annotations
