@@ -137,7 +137,7 @@ def loop(args: argparse.Namespace) -> Traced:
     from fdm_jax.cli.bench import describe, overriding
     from fdm_jax.cli.config import load
     from fdm_jax.experiment import Experiment, open_data
-    from fdm_jax.training.loop import PROGRAMS_IN_FLIGHT, train
+    from fdm_jax.training.loop import PROGRAMS_IN_FLIGHT, steps_together, train
     from fdm_jax.xla_flags import launch_operations_singly
 
     config = load(overriding(args))
@@ -170,7 +170,7 @@ def loop(args: argparse.Namespace) -> Traced:
             raise KeyboardInterrupt  # which the loop keeps to itself; nothing else ends it so early
     network, spec = experiment.network, experiment.spec
     shapes = parameter_shapes(network, spec, experiment.image_shape)
-    text = lower_step(experiment, jax.devices(), at_once).compile().as_text()
+    text = lower_step(experiment, jax.devices(), steps_together(experiment)).compile().as_text()
     # Of several steps as one program, there are whole programs in the trace, and perhaps more steps than asked for.
     return Traced(traces[0][0], text, shapes, ends[1] - ends[0], describe(args.config, network, spec))
 

@@ -36,6 +36,15 @@ from fdm_jax.whole_files import write_text
 # Programs sent to the devices before the metrics of the first are waited for: keeps them busy, bounds the queue.
 PROGRAMS_IN_FLIGHT = 4
 
+# Where steps are never sent as one program: to launch one costs a CPU little, and in a program's loop its gradients of
+# convolutions take 20 to 45 times as long (see fdm_jax.training.step).
+ONE_BY_ONE = ("cpu",)
+
+
+def steps_together(experiment: Experiment) -> int:
+    """How many steps a run sends to its devices as one program."""
+    return 1 if jax.default_backend() in ONE_BY_ONE else experiment.config.train.steps_at_once
+
 
 def check(experiment: Experiment) -> None:
     """Raise the UserErrors of :func:`train` that need no workdir; nothing is compiled, nothing is written."""
@@ -92,7 +101,7 @@ class _Run:
         self.mesh = make_mesh()
         self.parallel = experiment.parallelised(self.mesh)
         self.total_steps = -(-self.config.train.images // self.batch_size)
-        self.at_once = self.config.train.steps_at_once
+        self.together = steps_together(experiment)
         self.sample_grid = experiment.sample_grid()
         self.checkpoint_steps = self._steps(self.config.checkpoint.every_images)
         keep = round(self.config.checkpoint.keep_every_images / self.batch_size / self.checkpoint_steps)
@@ -124,7 +133,8 @@ class _Run:
 
     def _steps(self, images: int) -> int:
         """An interval in images as the nearest number of whole programs, in steps."""
-        return max(round(images / self.batch_size / self.at_once), 1) * self.at_once
+        together = self.config.train.steps_at_once  # whatever the platform, so that a run may move
+        return max(round(images / self.batch_size / together), 1) * together
 
     def train(self, watch: Callable[[int], None] | None = None) -> bool:
         self._begin()
@@ -287,9 +297,9 @@ class _Run:
             ahead = self.step + self._unused()
             if ahead >= self.total_steps:
                 break
-            if self.at_once > 1 and ahead % self.at_once == 0 and ahead + self.at_once <= self.total_steps:
-                batches = [next(self.batches) for _ in range(self.at_once)]
-                self.placed.append((self.at_once, self.parallel.put_batches(batches)))
+            if self.together > 1 and ahead % self.together == 0 and ahead + self.together <= self.total_steps:
+                batches = [next(self.batches) for _ in range(self.together)]
+                self.placed.append((self.together, self.parallel.put_batches(batches)))
             else:
                 self.placed.append((1, self.parallel.put_batch(next(self.batches))))
         return self.placed.popleft()

@@ -72,8 +72,9 @@ def test_sampling(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("at_once", "steps"), [(1, 6), (2, 6), (16, 16)])
-def test_loop(tmp_path, capsys, at_once, steps):
+def test_loop(tmp_path, capsys, monkeypatch, at_once, steps):
     """What `fdm train` does, in whole programs, stopped when there is enough; nothing of its workdir is left."""
+    monkeypatch.setattr("fdm_jax.training.loop.ONE_BY_ONE", ())  # as on accelerators
     arguments = ["--what=loop", "--steps=6", "--batch-size=8", "--remat=8", f"--config.train.steps_at_once={at_once}"]
     assert main(["profile", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, f"--out={tmp_path}", *arguments]) == 0
     summary = json.loads((tmp_path / "profile.json").read_text())

@@ -10,6 +10,7 @@ import tiny
 from cli.conftest import assert_same_end, checkpoint, rows, start
 
 from fdm_jax.cli.main import main
+from fdm_jax.training import loop
 
 
 def test_resumed_run_equals_uninterrupted_run(straight_run, data_dir, tmp_path):
@@ -62,8 +63,13 @@ def test_another_number_of_devices_continues_the_run(straight_run, data_dir, tmp
 
 
 @pytest.mark.slow
-def test_several_steps_as_one_program(straight_run, data_dir, tmp_path):
-    """The same curve; and stopped where a program of three would reach beyond, the same bits as without the stop."""
+@pytest.mark.parametrize("one_by_one", [(), ("cpu",)])
+def test_several_steps_as_one_program(straight_run, data_dir, tmp_path, monkeypatch, one_by_one):
+    """The same curve; and stopped where a program of three would reach beyond, the same bits as without the stop.
+
+    On CPUs steps are sent one by one, which only the programs show.
+    """
+    monkeypatch.setattr(loop, "ONE_BY_ONE", one_by_one)
     workdir, at_once = tmp_path / "run", ["--config.train.steps_at_once=3", "--config.log.every_images=48"]
     assert main(tiny.arguments(workdir, data_dir, *at_once)) == 0
     straight = {row["step"]: row["loss"] for row in rows(straight_run)}
