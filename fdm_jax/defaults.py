@@ -71,7 +71,7 @@ def default_config() -> ConfigDict:
     config.train.lr_rampup_images = 10_000_000.0
     config.train.ema_halflife_images = 500_000.0
     config.train.ema_rampup_ratio = 0.05  # half-life early on, as a share of the images seen
-    config.train.steps_at_once = 1  # steps per program, where to launch one costs more than to run it (small networks)
+    config.train.steps_at_once = 1  # steps per program, where to launch one costs more than to run it (not on CPUs)
     config.train.max_bad_steps = 20  # stop after so many steps in a row with gradients that are not finite
 
     config.log = ConfigDict()

@@ -19,7 +19,16 @@ from fdm_jax.networks import SongUNet
 from fdm_jax.training import parallel as parallel_module
 from fdm_jax.training.parallel import parallelise
 from fdm_jax.training.schedules import ema_beta, images_after, learning_rate
-from fdm_jax.training.step import Draws, TrainSpec, TrainState, draw_for_examples, init_state, make_train_step, sanitise
+from fdm_jax.training.step import (
+    ROUNDS_WITHOUT_LOOP,
+    Draws,
+    TrainSpec,
+    TrainState,
+    draw_for_examples,
+    init_state,
+    make_train_step,
+    sanitise,
+)
 
 FAMILY = EDM(momentum=Momentum(multiplier=2.0))
 
@@ -254,7 +263,8 @@ def test_rounds_take_less_memory_and_are_not_slow():
     taken = [program.memory_analysis().temp_size_in_bytes for program in (rounds, whole)]
     assert taken[0] < 0.5 * taken[1]
     forms = set(re.findall(r" convolution\(.*dim_labels=(\w+->\w+)", rounds.as_text()))
-    assert forms == {"b01f_01io->b01f"} or jax.default_backend() != "cpu"
+    if jax.default_backend() == "cpu" and ROUNDS_WITHOUT_LOOP:
+        assert forms == {"b01f_01io->b01f"}
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,10 @@ from fdm_jax.objective import clamp, denoising_loss, loss_weight
 from fdm_jax.sampling.seeds import GENERATOR
 from fdm_jax.training.schedules import ema_beta, images_after, learning_rate
 
+# Whether rounds of accumulation can do without a loop on CPUs.  Before jax 0.11.2 XLA forgets barriers too early, and
+# rounds without a loop would take as much memory as one (seen in 0.10.2 and 0.11.0).
+ROUNDS_WITHOUT_LOOP = jax.__version_info__ >= (0, 11, 2)
+
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -221,14 +225,11 @@ def make_train_step(
             return add(total, part)
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        loop = functools.partial(jax.lax.scan, add)
         # Without a loop on CPUs, where inside of one the gradients of convolutions take 20 to 45 times as long: only outside
         # does XLA bring them into the form that its library for them takes (jax issue 12868).
-        total, _ = jax.lax.platform_dependent(
-            zero,
-            rounds,
-            cpu=functools.partial(jax.lax.scan, add_in_turn, unroll=True),
-            default=functools.partial(jax.lax.scan, add),
-        )
+        on_cpu = functools.partial(jax.lax.scan, add_in_turn, unroll=True) if ROUNDS_WITHOUT_LOOP else loop
+        total, _ = jax.lax.platform_dependent(zero, rounds, cpu=on_cpu, default=loop)
         return total
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
