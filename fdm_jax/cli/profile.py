@@ -152,6 +152,7 @@ def loop(args: argparse.Namespace) -> Traced:
     })  # fmt: skip
     source = open_data(config)
     experiment = Experiment.from_config(config, source.spec)
+    lowered = lower_step(experiment, jax.devices(), steps_together(experiment))  # raises what it cannot do at once
     traces: list[list[Path]] = []
     ends: list[int] = []  # of what is traced, in steps
     with tempfile.TemporaryDirectory(prefix="fdm_profile_") as workdir, contextlib.ExitStack() as stack:
@@ -170,7 +171,7 @@ def loop(args: argparse.Namespace) -> Traced:
             raise KeyboardInterrupt  # which the loop keeps to itself; nothing else ends it so early
     network, spec = experiment.network, experiment.spec
     shapes = parameter_shapes(network, spec, experiment.image_shape)
-    text = lower_step(experiment, jax.devices(), steps_together(experiment)).compile().as_text()
+    text = lowered.compile().as_text()
     # Of several steps as one program, there are whole programs in the trace, and perhaps more steps than asked for.
     return Traced(traces[0][0], text, shapes, ends[1] - ends[0], describe(args.config, network, spec))
 

@@ -55,11 +55,13 @@ def test_words(profiled):
         ("--what=training", "--what cannot be 'training': did you mean 'train'?"),
         ("--steps=0", "--steps must be 1 or more, and is 0."),
         ("--out=/dev/null/profile", "--out=/dev/null/profile cannot be made: Not a directory."),
+        ("--what=loop --config.parallel=pmap", "parallel=pmap compiles for the devices of this process only"),
     ],
 )
 def test_mistakes(capsys, tmp_path, wrong, sentence):
-    assert main(["profile", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, f"--out={tmp_path}", wrong]) == 2
-    assert sentence in capsys.readouterr().err
+    assert main(["profile", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, f"--out={tmp_path}", *wrong.split()]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and "Compiling" not in said  # before anything is trained
 
 
 @pytest.mark.slow
