@@ -5,15 +5,35 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fdm_jax.data.sources import Source
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import is_remote, write_text
+
+if TYPE_CHECKING:
+    from fdm_jax.data.sources import Source
+
+
+def in_all(holds: bool) -> bool:
+    """Whether it holds in every process; all of them ask."""
+    return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(holds)).all())
+
+
+def of_the_first(numbers: Sequence[int]) -> list[int]:
+    """The numbers that process 0 gives, up to 2^31 - 1; all of them ask."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    mine = np.zeros(count, np.int32)
+    if jax.process_index() == 0:
+        mine[:] = numbers
+    return multihost_utils.broadcast_one_to_all(mine).tolist() if count else []
 
 
 def check_workdir(workdir: Path) -> None:

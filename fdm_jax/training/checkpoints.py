@@ -22,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from fdm_jax.devices import one_copy_per_process
 from fdm_jax.errors import UserError
+from fdm_jax.training.agreement import in_all, of_the_first
 from fdm_jax.training.metrics import ranking_figures, read_metrics
 from fdm_jax.training.step import TrainState
 from fdm_jax.whole_files import is_remote, move_folder, remove_folder, resolved
@@ -48,6 +49,10 @@ class _One(policies.PreservationPolicy):
         steps = [info.step for info in checkpoints]
         kept = self.which(steps)
         return [step == kept for step in steps]
+
+
+class _Unreadable(Exception):
+    """A checkpoint that cannot be read; the message says why."""
 
 
 class Checkpoints:
@@ -82,6 +87,7 @@ class Checkpoints:
             read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("model", "train", "meta"))
+        self._arrays = ocp.StandardCheckpointHandler()
 
     def steps(self) -> list[int]:
         """Steps with a finished checkpoint, oldest first."""
@@ -134,13 +140,14 @@ class Checkpoints:
     def close(self) -> None:
         """Wait, and give the background threads back."""
         self._manager.close()
+        self._arrays.close()
 
     def latest_meta(self) -> dict[str, Any] | None:
         """The JSON part of the newest checkpoint whose part can be read; None if there is none."""
-        for step in reversed(self.steps()):
+        for step in reversed(of_the_first(self.steps())):
             try:
-                return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            except Exception as error:  # Orbax, TensorStore and JSON each have their own
+                return self._read(step)["meta"]
+            except _Unreadable as error:
                 log.warning("The checkpoint of step %d cannot be read: %s", step, error)
         return None
 
@@ -157,21 +164,12 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none can be read.
         """
-        steps, unreadable = self.steps(), dict[int, str]()
+        steps, unreadable = of_the_first(self.steps()), dict[int, str]()
         model, train = _split(like)
         for step in reversed(steps):
             try:
-                parts = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        model=ocp.args.StandardRestore(model),
-                        train=ocp.args.StandardRestore(train),
-                        meta=ocp.args.JsonRestore(),
-                    ),
-                )
-                self._check_types(parts["model"], model)
-                self._check_types(parts["train"], train)
-            except Exception as error:
+                parts = self._read(step, model=model, train=train)
+            except _Unreadable as error:
                 unreadable[step] = " ".join(str(error).split())[:200]
                 log.warning("The checkpoint of step %d is damaged (%s); trying the one before.", step, unreadable[step])
                 continue
@@ -191,7 +189,7 @@ class Checkpoints:
         Raises:
           UserError: no such checkpoint, or none that can be read.
         """
-        steps = self.steps()
+        steps = of_the_first(self.steps())
         if not steps:
             raise UserError(f"There is no checkpoint in {self._directory}: train first.")
         if step == BEST and (step := self.best()) is None:
@@ -203,23 +201,43 @@ class Checkpoints:
             raise UserError(f"There is no checkpoint of step {step}: choose one of {', '.join(map(str, steps))}.")
         for candidate in reversed(steps) if step is None else [step]:
             try:
-                parts = self._manager.restore(
-                    candidate,
-                    args=ocp.args.Composite(
-                        model=ocp.args.StandardRestore(self._model_here(candidate)), meta=ocp.args.JsonRestore()
-                    ),
-                )
+                parts = self._read(candidate, model=None)
                 model = parts["model"]
                 return candidate, {"params": model["ema"], **(model.get("constants") or {})}, parts["meta"]
-            except Exception as error:
+            except _Unreadable as error:
                 log.warning("The checkpoint of step %d cannot be read: %s", candidate, error)
         raise UserError(f"No checkpoint in {self._directory} can be read.")
 
-    def _model_here(self, step: int) -> Any:
-        """What the model part holds, to be put on one device here: without this, Orbax wants those it was saved from."""
-        metadata = ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "model")
+    def _read(self, step: int, **wanted: Any) -> dict[str, Any]:
+        """The parts of one checkpoint that are named, each as shapes with shardings (None: on one device), and "meta".
+
+        Several processes read alike, and all of them can, or none: each sees files of its own (under fsdp) and in its own
+        time.  Orbax's manager would have those that could wait for those that could not.
+
+        Raises:
+          _Unreadable: in some process, for whatever reason.
+        """
+        folder, cause = self._directory / str(step), "another process cannot read it"
+        parts: dict[str, Any] | None = None
+        try:
+            parts = {"meta": ocp.JsonCheckpointHandler().restore(folder / "meta", ocp.args.JsonRestore())}
+            for name, like in wanted.items():
+                shapes = self._shapes_here(folder / name) if like is None else like
+                parts[name] = self._arrays.restore(folder / name, args=ocp.args.StandardRestore(shapes))
+                self._check_types(parts[name], shapes)
+        except Exception as error:  # Orbax, TensorStore and JSON each have their own
+            parts, cause = None, str(error)
+        if not in_all(parts is not None):
+            raise _Unreadable(cause)
+        assert parts is not None
+        return parts
+
+    def _shapes_here(self, part: Path) -> Any:
+        """What a part holds, to be put on one device here: without this, Orbax wants those it was saved from."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), metadata.tree)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), self._arrays.metadata(part).tree
+        )
 
     @staticmethod
     def _check_types(found: Any, wanted: Any) -> None:

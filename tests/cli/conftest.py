@@ -91,22 +91,23 @@ def environment(devices=1):
     }
 
 
-def start(arguments, devices=1, **kwargs):
+def start(arguments, devices=1, program=("-m", "fdm_jax"), **kwargs):
     """The program as a process."""
     return subprocess.Popen(
-        [sys.executable, "-m", "fdm_jax", *arguments], env=environment(devices), cwd=tiny.ROOT, text=True,
+        [sys.executable, *program, *arguments], env=environment(devices), cwd=tiny.ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
     )  # fmt: skip
 
 
-def start_all(arguments, processes, devices=1):
+def start_all(arguments, processes, devices=1, **kwargs):
     """The program as so many processes of so many devices each, which find each other; "HOST" is a process's number."""
     if processes == 1:
-        return [start(arguments, devices)]
+        return [start(arguments, devices, **kwargs)]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    return [
-        start([*(a.replace("HOST", str(i)) for a in arguments), f"--distributed={address},{processes},{i}"], devices)
+    each = [
+        [*(a.replace("HOST", str(i)) for a in arguments), f"--distributed={address},{processes},{i}"]
         for i in range(processes)
     ]
+    return [start(own, devices, **kwargs) for own in each]

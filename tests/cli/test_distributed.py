@@ -1,5 +1,6 @@
 """Several processes of this machine as one: --distributed."""
 
+import shutil
 import signal
 import time
 
@@ -62,6 +63,35 @@ def test_processes_that_do_not_share_the_workdir(data_dir, tmp_path):
     """As with a path on each host's own disk: refused by all, where they would wait for each other."""
     for said in finish(start_all(tiny.arguments(tmp_path / "HOST" / "run", data_dir), 2), [2, 2]):
         assert "is another folder for process 1 than for process 0: give one that all of them see" in said
+
+
+ONE_CANNOT_READ = """
+import sys
+import orbax.checkpoint as ocp
+from fdm_jax.cli.main import main
+
+restore = ocp.StandardCheckpointHandler.restore
+
+def failing(self, directory, *args, **kwargs):
+    if directory.parent.name == "20":
+        raise OSError("Input/output error")
+    return restore(self, directory, *args, **kwargs)
+
+if sys.argv[-1].endswith(",1"):
+    ocp.StandardCheckpointHandler.restore = failing
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_checkpoint_that_one_process_cannot_read(straight_run, data_dir, tmp_path):
+    """All go on from the one before; each from its own, they would wait for each other, or add up two runs."""
+    workdir = shutil.copytree(straight_run, tmp_path / "run")
+    said = finish(start_all(tiny.arguments(workdir, data_dir), 2, program=("-c", ONE_CANNOT_READ)), [0, 0])
+    for text, cause in zip(said, ("another process cannot read it", "Input/output error"), strict=True):
+        assert f"The checkpoint of step 20 is damaged ({cause}); trying the one before." in text
+    assert "Going on from step 16" in said[0]
+    assert (workdir / "checkpoints" / "damaged" / "20").is_dir() and (workdir / "checkpoints" / "20").is_dir()
+    assert_same_losses(workdir, straight_run)
 
 
 @pytest.mark.slow
