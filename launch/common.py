@@ -162,7 +162,8 @@ class Restarts:
     """Decides whether a run that ended is started again.
 
     After code 75, as long as there is a newer checkpoint than at the last start, or else ``limit`` times in a row.
-    After a crash ``limit`` times in all, waiting twice as long each time.  After codes 2 and 130 never.
+    After a crash ``limit`` times, counted anew when there is a newer checkpoint, waiting twice as long each time.  After
+    codes 2 and 130 never.
 
     Attributes:
       limit: see above.
@@ -185,16 +186,20 @@ class Restarts:
         if code == INTERRUPTED:
             return None, "code 130 is Ctrl-C's"
         newest = self.progress()
-        moved = newest is not None and newest != self._seen
+        if moved := newest is not None and newest != self._seen:
+            self._crashes = self._idle = 0
         self._seen = newest
         if code == RESTART:
-            self._idle = 0 if moved else self._idle + 1
+            self._idle += not moved
             if self._idle > self.limit:
                 return None, f"{self._idle} starts in a row brought no new checkpoint"
             return 0.0, "code 75 asks for it"
         self._crashes += 1
         if self._crashes > self.limit:
-            return None, f"it crashed {self._crashes} times, and --max-restarts is {self.limit}"
+            return (
+                None,
+                f"crash {self._crashes} without a new checkpoint in between, and --max-restarts is {self.limit}",
+            )
         return min(300.0, self.backoff * 2 ** (self._crashes - 1)), f"restart {self._crashes} of at most {self.limit}"
 
 

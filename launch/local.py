@@ -55,8 +55,8 @@ def main(argv: Sequence[str]) -> int:
     made.add_argument("--processes", type=int, metavar="N", help="default: 1, or one per GPU of --gpus")
     made.add_argument("--gpus", metavar="0,1,...", help="deal these GPUs out to the processes")
     made.add_argument("--devices-per-process", type=int, metavar="M", help="of fake CPU devices, instead of GPUs")
-    made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after crashes, and in a row after code "
-                      "75 without a new checkpoint (default: %(default)s)")  # fmt: skip
+    made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after crashes, and after code 75, in a "
+                      "row that brings no new checkpoint (default: %(default)s)")  # fmt: skip
     made.add_argument("--backoff", type=seconds, default=5, metavar="SECONDS", help="wait so long after the first crash, "
                       "then twice as long each time (default: %(default)s)")  # fmt: skip
     made.add_argument("--grace", type=seconds, default=120, metavar="SECONDS", help="what processes get to save before "

@@ -52,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
                       "such as --setup='module load cuda'; may be repeated")  # fmt: skip
     made.add_argument("--save-seconds", type=int, default=180, metavar="S", help="before the time limit, to save "
                       "(default: %(default)s)")  # fmt: skip
-    made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="requeues after crashes, and in a row "
-                      "without a new checkpoint (default: %(default)s)")  # fmt: skip
+    made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="requeues in a row that brings no new "
+                      "checkpoint (default: %(default)s)")  # fmt: skip
     made.add_argument("--script", default="fdm.sbatch", metavar="FILE", help="to write (default: %(default)s)")
     made.add_argument("--fdm", type=shell_words, default=default_fdm(), metavar="COMMAND", help="the fdm to run "
                       "(default: %(default)s)")  # fmt: skip
@@ -120,8 +120,8 @@ newest() {{ {listing} 2> /dev/null | sed 's,/$,,; s,.*/,,' | grep -x '[0-9]*' | 
 
 # Slurm's own SLURM_RESTART_COUNT also counts the stays that ended at the limit of time.
 counts=$SLURM_JOB_NAME-$SLURM_JOB_ID.restarts
-crashes=0 # in all
-idle=0 # stays without a new checkpoint, in a row
+crashes=0 # since there was a new checkpoint
+idle=0 # stays that ended with code 75, and brought none, in a row
 [ -e "$counts" ] && read -r crashes idle < "$counts"
 
 requeue() {{
@@ -138,10 +138,13 @@ give_up() {{
 before=$(newest)
 srun --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait={wait} {fdm}
 code=$?
+after=$(newest)
+moved=0
+if [ -n "$after" ] && [ "$after" != "$before" ]; then moved=1 crashes=0 idle=0; fi
 case $code in
   0 | 2 | 130) rm -f "$counts" ;; # 130: by Ctrl-C, or --signal=INT, without saving
   75)
-    if [ "$(newest)" = "$before" ]; then idle=$((idle + 1)); else idle=0; fi
+    idle=$((idle + 1 - moved))
     if [ "$idle" -le {limit} ]; then requeue "saved"; else give_up "no new checkpoint in $idle stays"; fi
     ;;
   *)

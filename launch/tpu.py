@@ -84,8 +84,8 @@ def main(argv: Sequence[str]) -> int:
     made.add_argument("--create-flag", action="append", default=[], metavar="FLAG", help="one more for gcloud's create, "
                       "such as --create-flag=--service-account=NAME; may be repeated")  # fmt: skip
     made.add_argument("--worker", default="0", help="whose log `tail` shows (default: %(default)s)")
-    made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after crashes, and in a row after "
-                      "preemptions without a new checkpoint (default: %(default)s)")  # fmt: skip
+    made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after crashes, and after preemptions, "
+                      "in a row that brings no new checkpoint (default: %(default)s)")  # fmt: skip
     made.add_argument(
         "--poll", type=seconds, default=60, metavar="SECONDS", help="between looks (default: %(default)s)"
     )

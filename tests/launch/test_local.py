@@ -174,7 +174,7 @@ def test_crashes_are_bounded(local):
     )
     assert done.returncode == 1 and local.starts(0) == local.starts(1) == 3
     assert "starting again in 0.2 s: restart 2 of at most 2." in done.stderr
-    assert "not started again: it crashed 3 times, and --max-restarts is 2." in done.stderr
+    assert "not started again: crash 3 without a new checkpoint in between, and --max-restarts is 2." in done.stderr
 
 
 def test_code_75_starts_again(local):
@@ -192,9 +192,12 @@ def test_code_75_without_progress_ends(local):
     assert "not started again: 3 starts in a row brought no new checkpoint." in done.stderr
 
 
-def test_code_75_with_progress_goes_on(local):
+@pytest.mark.parametrize("code", [75, 1])
+def test_with_progress_it_goes_on(local, code):
     (local.folder / "runs" / "checkpoints" / "tmp").mkdir(parents=True)
-    program = FDM.replace('"exit":', '"last":\n        os._exit(0 if attempt == 3 else 75)\n    elif name == "exit":')
+    program = FDM.replace(
+        '"exit":', f'"last":\n        os._exit(0 if attempt == 3 else {code})\n    elif name == "exit":'
+    )
     local.program("fdm", program)
     arguments = ("--max-restarts=1", *local.fast, "--", "train", "--workdir", "runs")
     done = local.run("local", *arguments, "0:save", "0:last")

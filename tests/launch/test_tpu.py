@@ -375,7 +375,7 @@ def test_crashes_are_bounded(pod):
     assert (
         done.returncode == 9
         and len(pod.starts(1)) == 2
-        and "it crashed 2 times, and --max-restarts is 1." in done.stderr
+        and "crash 2 without a new checkpoint in between, and --max-restarts is 1." in done.stderr
     )
 
 
