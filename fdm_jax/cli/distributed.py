@@ -43,6 +43,9 @@ def joined(how: str, *, leave_on_sigterm: bool = False) -> Iterator[None]:
     if leave_on_sigterm:
         signal.signal(signal.SIGTERM, _leave)
     try:
+        # The first sum over all connects them, and gives those up that do not come within half a minute (on CPUs): it is
+        # taken here, where all are.  Later ones wait for whoever has something to do first, such as for a lock.
+        wait_for_all("joined")
         yield
     except RestartNeeded as error:
         if not isinstance(error, ProcessLost):

@@ -111,3 +111,16 @@ def start_all(arguments, processes, devices=1, **kwargs):
         for i in range(processes)
     ]
     return [start(own, devices, **kwargs) for own in each]
+
+
+def finish(processes, codes):
+    """Wait for all; what each said."""
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == codes, said
+    return said
+
+
+def assert_same_losses(workdir, reference, rtol=1e-6):
+    ours, theirs = rows(workdir), rows(reference)[: len(rows(workdir))]
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    np.testing.assert_allclose([row["loss"] for row in ours], [row["loss"] for row in theirs], rtol=rtol)

@@ -7,21 +7,15 @@ import time
 import numpy as np
 import pytest
 import tiny
-from cli.conftest import checkpoint, rows, start_all
+from cli.conftest import assert_same_losses, checkpoint, finish, rows, start_all
 from PIL import Image
 
 from fdm_jax.cli.main import main
 from fdm_jax.errors import RESTART_CODE
+from fdm_jax.training.locking import locked
 
 EVERY_STEP = "--config.log.every_images=16"
 ENDLESS = "--config.train.images=16000000"
-
-
-def finish(processes, codes):
-    """Wait for all; what each said."""
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == codes, said
-    return said
 
 
 def wait_for_rows(workdir, processes, count):
@@ -30,12 +24,6 @@ def wait_for_rows(workdir, processes, count):
         assert all(process.poll() is None for process in processes), finish(processes, [])
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def assert_same_losses(workdir, reference, rtol=1e-6):
-    ours, theirs = rows(workdir), rows(reference)[: len(rows(workdir))]
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-    np.testing.assert_allclose([row["loss"] for row in ours], [row["loss"] for row in theirs], rtol=rtol)
 
 
 def test_preempted_processes(data_dir, tmp_path):
@@ -63,6 +51,14 @@ def test_processes_that_do_not_share_the_workdir(data_dir, tmp_path):
     """As with a path on each host's own disk: refused by all, where they would wait for each other."""
     for said in finish(start_all(tiny.arguments(tmp_path / "HOST" / "run", data_dir), 2), [2, 2]):
         assert "is another folder for process 1 than for process 0: give one that all of them see" in said
+
+
+def test_workdir_that_is_in_use(straight_run, data_dir):
+    """All end with 2, or a scheduler that goes by the highest code would start them again."""
+    with locked(straight_run):
+        said = finish(start_all(tiny.arguments(straight_run, data_dir), 2), [2, 2])
+    assert f"Another process is training in {straight_run}: stop it, or give another --workdir." in said[0]
+    assert f"The workdir {straight_run} cannot be had by another process, which says why." in said[1]
 
 
 ONE_CANNOT_READ = """

@@ -1,12 +1,14 @@
 """A workdir in a bucket is like a local one: bit for bit, through a kill in the middle of a save and damage."""
 
 import json
+import time
+from pathlib import Path
 
 import numpy as np
 import object_store
 import pytest
 import tiny
-from cli.conftest import assert_same_end, rows, start
+from cli.conftest import assert_same_end, assert_same_losses, finish, rows, start, start_all
 
 from fdm_jax.cli.main import main
 from fdm_jax.training import locking
@@ -44,8 +46,6 @@ def damage(store, prefix):
 @pytest.mark.slow
 def test_run_that_is_killed_stopped_and_damaged(store, straight_run, data_dir, tmp_path, capfd, caplog):
     """Data and run in the bucket; killed while step 8 is saved, stopped at 12, whose checkpoint is then damaged."""
-    from pathlib import Path
-
     store.upload(Path(data_dir.partition("=")[2]), "bucket", "data/")
     arguments = tiny.arguments("gs://bucket/run", "--config.data.source=gs://bucket/data/digits")
     process = start(arguments, devices=8)
@@ -85,6 +85,29 @@ def test_run_that_is_killed_stopped_and_damaged(store, straight_run, data_dir, t
     for name in ("parameters.txt", "curves.png", "samples/000000000192.png"):
         assert (copy / name).stat().st_size > 100
     assert len(list((copy / "tensorboard").iterdir())) >= 2  # one for each start; the killed one may have had none yet
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed(store, straight_run, data_dir, tmp_path):
+    """As on a pod that is taken away: the first finds its own old lock, and the other waits as long as it does."""
+    store.upload(Path(data_dir.partition("=")[2]), "bucket", "data/")
+    arguments = tiny.arguments("gs://bucket/pod", "--config.data.source=gs://bucket/data/digits")
+    processes = start_all([*arguments, "--config.train.images=16000000"], 2)
+    deadline = time.monotonic() + 240
+    while 8 not in steps(store, "pod"):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    damage(store, f"pod/checkpoints/{steps(store, 'pod')[-1]}/train/")
+    last = 16 * (steps(store, "pod")[-1] + 4)
+    said = finish(start_all([*arguments, f"--config.train.images={last}"], 2), [0, 0])
+    assert "holds the workdir; waiting 60 s" in said[0] and "Going on from step" in said[0]
+    assert all("is damaged" in text for text in said) and store.names("bucket", "pod/damaged/")
+    straight = tmp_path / "straight"
+    assert main(tiny.arguments(straight, data_dir, f"--config.train.images={last}")) == 0
+    assert_same_losses(fetch(store, "pod", tmp_path), straight)
 
 
 @pytest.fixture(scope="module")
