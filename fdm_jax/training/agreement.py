@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fdm_jax.defaults import flatten
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import is_remote, write_text
 
 if TYPE_CHECKING:
     from fdm_jax.data.sources import Source
+
+# Fields that each process may have for itself: where its host has the data, and how they are read there.
+OWN_FIELDS = (
+    "init_from", "data.source", "data.data_dir", "data.cache_mb", "data.threads", "data.workers",
+    "eval.held_out_source", "eval.ref", "eval.weights",
+)  # fmt: skip
 
 
 def in_all(holds: bool) -> bool:
@@ -53,6 +61,20 @@ def check_workdir(workdir: Path) -> None:
             f"The workdir {workdir} is another folder for process {np.argmin(seen)} than for process 0: give one that all "
             "of them see, on a shared file system or gs://."
         )
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse different configurations in different processes, of commands that were typed host by host, say."""
+    text = json.dumps(config)
+    ours, theirs = flatten(json.loads(text)), flatten(json.loads(bytes(of_the_first(list(text.encode())))))
+    fields = [
+        f"{name} ({theirs.get(name)} in process 0, {ours.get(name)} here)"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name) and name not in OWN_FIELDS
+    ]
+    if not in_all(not fields):
+        where = f" in {'; '.join(fields)}" if fields else ", and the others say where"
+        raise UserError(f"The processes differ in their configurations{where}: give all of them the same command.")
 
 
 def check_data(source: Source) -> None:

@@ -21,6 +21,7 @@ from fdm_jax.evaluation.references import open_with_extractor
 from fdm_jax.experiment import Experiment, open_data
 from fdm_jax.sampling import seeds as draws
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
+from fdm_jax.training.agreement import check_data
 from fdm_jax.whole_files import place
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def _held_out(experiment: Experiment, mesh: Mesh) -> DenoisingError:
             f"The held-out images (eval.held_out_split={config.held_out_split}) cannot be had: {error} "
             "Without them: --config.eval.held_out_split=''."
         ) from error
+    check_data(source)
     spec = source.spec
     found = (spec.resolution, spec.resolution, spec.channels)
     if found != shape:

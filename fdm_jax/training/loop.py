@@ -22,7 +22,7 @@ from fdm_jax.errors import RestartNeeded, UserError
 from fdm_jax.experiment import Experiment
 from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
-from fdm_jax.training.agreement import check_data, check_workdir
+from fdm_jax.training.agreement import check_config, check_data, check_workdir
 from fdm_jax.training.checkpoints import Checkpoints
 from fdm_jax.training.evaluating import Evaluator
 from fdm_jax.training.locking import locked
@@ -95,6 +95,8 @@ class _Run:
 
     def __init__(self, experiment: Experiment, source: Source, workdir: Path):
         self.began = time.monotonic()
+        check_data(source)
+        check_config(experiment.config.to_dict())
         self.experiment, self.workdir, self.config = experiment, workdir, experiment.config
         self.batch_size = experiment.spec.batch_size
         self.main = jax.process_index() == 0
@@ -111,7 +113,6 @@ class _Run:
             keep_every_steps=max(keep, 1) * self.checkpoint_steps,
         )
         check_configuration(self.checkpoints, experiment, workdir)
-        check_data(source)
         self.evaluator = _evaluator(experiment, self.mesh)
         self.batches: Batches = make_batches(
             source,

@@ -116,6 +116,16 @@ def test_different_data_in_two_processes(data_dir, tmp_path):
         assert f"The processes have different data (digits, {count} images of 8x8x1" in text
 
 
+def test_different_commands_in_two_processes(data_dir, tmp_path):
+    """One would save where the other does not, and wait for it; its paths and threads are each one's own affair."""
+    free = [data_dir, "--config.data.threads=1HOST", "--config.data.cache_mb=10HOST"]
+    said = finish(
+        start_all(tiny.arguments(tmp_path / "run", *free, "--config.checkpoint.every_images=6HOST"), 2), [2, 2]
+    )
+    assert "The processes differ in their configurations, and the others say where: give" in said[0]
+    assert "configurations in checkpoint.every_images (60 in process 0, 61 here): give" in said[1]
+
+
 def test_generated_by_two_processes(straight_run, tmp_path):
     more = ["--seeds=0-9", "--steps=3", "--batch=4"]
     assert main(["generate", f"--workdir={straight_run}", f"--out={tmp_path}/one.png", *more]) == 0
