@@ -92,6 +92,7 @@ def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
 
     from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
+    from fdm_jax.training.agreement import check_shared, of_the_first
 
     model = load_with_guide(args)
     labels = model.experiment.choose_labels(args.label, seeds)
@@ -99,9 +100,9 @@ def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
     out, first = _Output(args.out), jax.process_index() == 0
     if first:
         out.claim(sampler.settings)
-    wait_for_all("the folder is ready")
-    missing = np.flatnonzero([not out.has(int(seed)) for seed in seeds])
-    wait_for_all("the folder was looked through")
+    check_shared(out.folder)
+    # The first looks, for all: they must agree on who makes what, and files may show later in one than in the other.
+    missing = np.asarray(of_the_first([i for i, seed in enumerate(seeds) if first and not out.has(int(seed))]), int)
     if len(missing):
         mesh = make_mesh(jax.local_devices())
         generator = BatchedGenerator(sampler.generate, mesh, min(args.batch, len(missing)))

@@ -44,12 +44,12 @@ def of_the_first(numbers: Sequence[int]) -> list[int]:
     return multihost_utils.broadcast_one_to_all(mine).tolist() if count else []
 
 
-def check_workdir(workdir: Path) -> None:
-    """Raise a UserError, in all processes alike, unless all of them see one folder: they would wait for ever."""
-    if jax.process_count() == 1 or is_remote(workdir):
+def check_shared(folder: Path) -> None:
+    """Raise a UserError, in all processes alike, unless all of them see one folder: each would have a part of the files."""
+    if jax.process_count() == 1 or is_remote(folder):
         return
     # A name that nobody has looked for before: network file systems remember what was not there.
-    mark = workdir / f".seen_by_all_{secrets.randbelow(2**31)}"
+    mark = folder / f".seen_by_all_{secrets.randbelow(2**31)}"
     if jax.process_index() == 0:
         write_text(mark, "")
     number = multihost_utils.broadcast_one_to_all(np.int32(mark.name.rpartition("_")[2]))
@@ -58,8 +58,8 @@ def check_workdir(workdir: Path) -> None:
         mark.unlink()
     if not seen.all():
         raise UserError(
-            f"The workdir {workdir} is another folder for process {np.argmin(seen)} than for process 0: give one that all "
-            "of them see, on a shared file system or gs://."
+            f"{folder} is another folder for process {np.argmin(seen)} than for process 0: give one that all of them see, on "
+            "a shared file system."
         )
 
 

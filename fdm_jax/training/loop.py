@@ -22,7 +22,7 @@ from fdm_jax.errors import RestartNeeded, UserError
 from fdm_jax.experiment import Experiment
 from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
-from fdm_jax.training.agreement import check_config, check_data, check_workdir
+from fdm_jax.training.agreement import check_config, check_data, check_shared
 from fdm_jax.training.checkpoints import Checkpoints
 from fdm_jax.training.evaluating import Evaluator
 from fdm_jax.training.locking import locked
@@ -86,7 +86,7 @@ def train(experiment: Experiment, source: Source, workdir: Path, watch: Callable
     """
     experiment.check_devices(jax.device_count())
     with locked(workdir, hold=jax.process_index() == 0):
-        check_workdir(workdir)
+        check_shared(workdir)
         return _Run(experiment, source, workdir).train(watch)
 
 

@@ -53,6 +53,16 @@ def test_processes_that_do_not_share_the_workdir(data_dir, tmp_path):
         assert "is another folder for process 1 than for process 0: give one that all of them see" in said
 
 
+def test_processes_that_do_not_share_the_output(straight_run, tmp_path):
+    """Here each would have a half of the images."""
+    for host in "01":
+        (tmp_path / host / "images").mkdir(parents=True)
+    arguments = ["generate", f"--workdir={straight_run}", "--seeds=0-3", "--nfe=1", f"--out={tmp_path}/HOST/images"]
+    for said in finish(start_all(arguments, 2), [2, 2]):
+        assert "is another folder for process 1 than for process 0: give one that all of them see" in said
+    assert not list(tmp_path.glob("*/images/*.png"))
+
+
 def test_workdir_that_is_in_use(straight_run, data_dir):
     """All end with 2, or a scheduler that goes by the highest code would start them again."""
     with locked(straight_run):

@@ -61,6 +61,7 @@ def test_other_settings_are_refused(twelve, straight_run, capsys):
     assert "holds results made with another seed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_estimate_and_the_exact_figure_have_files_of_their_own(straight_run, tmp_path):
     workdir = shutil.copytree(straight_run, tmp_path / "run")
     for more in ([], ["--exact"]):
