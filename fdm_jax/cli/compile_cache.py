@@ -13,9 +13,11 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fdm_jax.user_dirs import user_cache_dir
+from fdm_jax.whole_files import is_remote, place
 
 _TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)", re.DOTALL)
 
@@ -25,9 +27,11 @@ def compile_cache() -> Iterator[None]:
     """Keep compiled programs in the user's cache directory, unless JAX was told where to keep them."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(user_cache_dir() / "jax"))
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if folder is None:
+        folder = str(user_cache_dir() / "jax")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    _keep_in(folder)
     show = warnings.showwarning
 
     def show_or_mend(message: Any, *where: Any, **more: Any) -> None:
@@ -42,6 +46,51 @@ def compile_cache() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = show
+
+
+def _keep_in(folder: str) -> None:
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", folder)
+    if is_remote(folder):
+        place(folder)  # says what is missing
+        # XLA's own files of timings, which JAX would have it keep there too, can be local ones only.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def share_compile_cache(workdir: Path | None) -> None:
+    """Of several processes: keep compiled programs where all of them see them, or not at all.
+
+    JAX has the first process alone write its cache.  One that does not see these files would compile at every start; and
+    on GPUs, where XLA has all that compile a program share out the timing of its kernels (xla_gpu_shard_autotuning), it
+    would wait for the share of a first process that has the program already.  So they are kept in the usual place if this
+    is on a file system that all share, as a cluster's homes, or else in ``.jax_cache`` in the workdir.  (On CPUs JAX's keys
+    depend on the process: only the first one finds its programs again.)
+
+    Every process calls it, before anything is compiled.
+    """
+    import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    from fdm_jax.training.agreement import in_all, other_for
+
+    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)  # for what is compiled to agree on it
+    enabled = in_all(enabled)
+    usual = str(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
+    folders = [usual, *([str(workdir / ".jax_cache")] if workdir else [])] if enabled else []
+    folder = next((each for each in folders if "://" in each or not other_for(Path(each), make=True)), None)
+    if folder is not None:
+        _keep_in(folder)
+        jax.config.update("jax_enable_compilation_cache", True)
+    elif enabled and jax.process_index() == 0:
+        print(
+            f"Compiled programs are not kept: {usual} is not one folder for all processes. JAX_COMPILATION_CACHE_DIR names "
+            "another place for them, which may be on gs://.",
+            file=sys.stderr,
+            flush=True,
+        )
+    reset_cache()  # JAX looks at these settings once
 
 
 def _mended(directory: str, when: str, program: str, cause: str) -> str:

@@ -8,8 +8,10 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from fdm_jax.cli.compile_cache import share_compile_cache
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError
 
 
@@ -22,11 +24,12 @@ def add_distributed_argument(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def joined(how: str, *, leave_on_sigterm: bool = False) -> Iterator[None]:
+def joined(how: str, workdir: Path | None, *, leave_on_sigterm: bool = False) -> Iterator[None]:
     """Join the other processes, and part from them in good order; before anything else is done with JAX.
 
     Args:
       how: the argument.
+      workdir: the run's, if there is one: see :func:`~fdm_jax.cli.compile_cache.share_compile_cache`.
       leave_on_sigterm: for work that is kept piece by piece: end at once on SIGTERM, which JAX would else keep to itself
         for those who ask its service.
 
@@ -45,7 +48,7 @@ def joined(how: str, *, leave_on_sigterm: bool = False) -> Iterator[None]:
     try:
         # The first sum over all connects them, and gives those up that do not come within half a minute (on CPUs): it is
         # taken here, where all are.  Later ones wait for whoever has something to do first, such as for a lock.
-        wait_for_all("joined")
+        share_compile_cache(workdir)
         yield
     except RestartNeeded as error:
         if not isinstance(error, ProcessLost):

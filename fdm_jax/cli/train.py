@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             "eval.ref is given, but with eval.every_images=0 nothing is measured: give --config.eval.every_images=2500000, "
             "say, or leave eval.ref out."
         )
-    with joined(args.distributed):
+    with joined(args.distributed, args.workdir):
         source = open_data(config)
         experiment = Experiment.from_config(config, source.spec)
         if jax.process_index() == 0:

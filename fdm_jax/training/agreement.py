@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -44,21 +45,40 @@ def of_the_first(numbers: Sequence[int]) -> list[int]:
     return multihost_utils.broadcast_one_to_all(mine).tolist() if count else []
 
 
-def check_shared(folder: Path) -> None:
-    """Raise a UserError, in all processes alike, unless all of them see one folder: each would have a part of the files."""
+def other_for(folder: Path, *, make: bool = False) -> list[int]:
+    """The processes for which a folder is another one than for process 0, which cannot write it if it is among them.
+
+    All of them ask.  What is on gs:// is one for all.
+
+    Args:
+      folder: local or gs://.
+      make: have process 0 make it.
+    """
     if jax.process_count() == 1 or is_remote(folder):
-        return
+        return []
     # A name that nobody has looked for before: network file systems remember what was not there.
     mark = folder / f".seen_by_all_{secrets.randbelow(2**31)}"
-    if jax.process_index() == 0:
-        write_text(mark, "")
+    first = jax.process_index() == 0
+    if first:
+        with contextlib.suppress(OSError):
+            if make:
+                folder.mkdir(parents=True, exist_ok=True)
+            write_text(mark, "")
     number = multihost_utils.broadcast_one_to_all(np.int32(mark.name.rpartition("_")[2]))
     seen = multihost_utils.process_allgather(np.array(mark.with_name(f".seen_by_all_{number}").exists()))
-    if jax.process_index() == 0:
-        mark.unlink()
-    if not seen.all():
+    if first:
+        mark.unlink(missing_ok=True)
+    return np.flatnonzero(~seen).tolist()
+
+
+def check_shared(folder: Path) -> None:
+    """Raise a UserError, in all processes alike, unless all of them see one folder: each would have a part of the files."""
+    others = other_for(folder)
+    if others[:1] == [0]:
+        raise UserError(f"{folder} cannot be written by process 0.")
+    if others:
         raise UserError(
-            f"{folder} is another folder for process {np.argmin(seen)} than for process 0: give one that all of them see, on "
+            f"{folder} is another folder for process {others[0]} than for process 0: give one that all of them see, on "
             "a shared file system."
         )
 

@@ -80,29 +80,32 @@ def straight_run(tmp_path_factory, data_dir):
     return workdir
 
 
-def environment(devices=1):
-    """For a process of its own with so many CPU devices, and the tests' compile cache."""
+def environment(devices=1, cache=None):
+    """For a process of its own with so many CPU devices, and a compile cache: by default that of the tests."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILES}",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_COMPILATION_CACHE_DIR": cache or jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         "PYTHONUNBUFFERED": "1",
     }
 
 
-def start(arguments, devices=1, program=("-m", "fdm_jax"), **kwargs):
+def start(arguments, devices=1, program=("-m", "fdm_jax"), cache=None, **kwargs):
     """The program as a process."""
     return subprocess.Popen(
-        [sys.executable, *program, *arguments], env=environment(devices), cwd=tiny.ROOT, text=True,
+        [sys.executable, *program, *arguments], env=environment(devices, cache), cwd=tiny.ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
     )  # fmt: skip
 
 
-def start_all(arguments, processes, devices=1, **kwargs):
-    """The program as so many processes of so many devices each, which find each other; "HOST" is a process's number."""
+def start_all(arguments, processes, devices=1, cache=None, **kwargs):
+    """The program as so many processes of so many devices each, which find each other.
+
+    "HOST" in the arguments and the folder of the compile cache is a process's number.
+    """
     if processes == 1:
-        return [start(arguments, devices, **kwargs)]
+        return [start(arguments, devices, cache=cache, **kwargs)]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -110,7 +113,9 @@ def start_all(arguments, processes, devices=1, **kwargs):
         [*(a.replace("HOST", str(i)) for a in arguments), f"--distributed={address},{processes},{i}"]
         for i in range(processes)
     ]
-    return [start(own, devices, **kwargs) for own in each]
+    return [
+        start(own, devices, cache=cache and str(cache).replace("HOST", str(i)), **kwargs) for i, own in enumerate(each)
+    ]
 
 
 def finish(processes, codes):

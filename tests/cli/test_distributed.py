@@ -63,6 +63,45 @@ def test_processes_that_do_not_share_the_output(straight_run, tmp_path):
     assert not list(tmp_path.glob("*/images/*.png"))
 
 
+COMPILE = """
+import pathlib, sys
+import jax
+from fdm_jax.cli.compile_cache import share_compile_cache
+from fdm_jax.cli.distributed import joined
+
+folder, how = pathlib.Path(sys.argv[1]), sys.argv[-1].partition("=")[2]
+
+def usual(name):
+    jax.config.update("jax_compilation_cache_dir", str(folder / name))
+
+def step(x):
+    return x + 1
+
+for bound in ("min_compile_time_secs", "min_entry_size_bytes"):
+    jax.config.update(f"jax_persistent_cache_{bound}", 0)
+usual("home")
+with joined(how, folder / "run"):
+    print("all see it:", jax.config.jax_compilation_cache_dir)
+    usual(f"home_of_{how[-1]}")
+    share_compile_cache(folder / "run")
+    print("each its own:", jax.config.jax_compilation_cache_dir)
+    jax.jit(step)(1.0)
+    usual(f"home_of_{how[-1]}")
+    share_compile_cache(None)
+    jax.jit(lambda x: x + 2)(1.0)
+"""
+
+
+def test_compiled_programs_are_kept_where_all_see_them(tmp_path):
+    """JAX has process 0 write alone: on GPUs another that does not see it waits for its share of a compilation for ever."""
+    said = finish(start_all([str(tmp_path)], 2, program=("-c", COMPILE)), [0, 0])
+    for text in said:
+        assert f"all see it: {tmp_path}/home\n" in text and f"each its own: {tmp_path}/run/.jax_cache\n" in text
+    assert "Compiled programs are not kept: " in said[0] and "not kept" not in said[1]
+    kept = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(kept) == 1 and kept[0].match("run/.jax_cache/jit_step-*-cache"), kept
+
+
 def test_workdir_that_is_in_use(straight_run, data_dir):
     """All end with 2, or a scheduler that goes by the highest code would start them again."""
     with locked(straight_run):

@@ -92,7 +92,8 @@ def test_two_processes_that_are_killed(store, straight_run, data_dir, tmp_path):
     """As on a pod that is taken away: the first finds its own old lock, and the other waits as long as it does."""
     store.upload(Path(data_dir.partition("=")[2]), "bucket", "data/")
     arguments = tiny.arguments("gs://bucket/pod", "--config.data.source=gs://bucket/data/digits")
-    processes = start_all([*arguments, "--config.train.images=16000000"], 2)
+    disks = tmp_path / "disk_of_HOST"
+    processes = start_all([*arguments, "--config.train.images=16000000"], 2, cache=disks)
     deadline = time.monotonic() + 240
     while 8 not in steps(store, "pod"):
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
@@ -102,7 +103,9 @@ def test_two_processes_that_are_killed(store, straight_run, data_dir, tmp_path):
         process.communicate()
     damage(store, f"pod/checkpoints/{steps(store, 'pod')[-1]}/train/")
     last = 16 * (steps(store, "pod")[-1] + 4)
-    said = finish(start_all([*arguments, f"--config.train.images={last}"], 2), [0, 0])
+    said = finish(start_all([*arguments, f"--config.train.images={last}"], 2, cache=disks), [0, 0])
+    # Compiled programs are kept where a new pod finds them, and not on disks that go with the old one.
+    assert store.names("bucket", "pod/.jax_cache/jit_train_step-") and not list(tmp_path.glob("disk_of_?/*"))
     assert "holds the workdir; waiting 60 s" in said[0] and "Going on from step" in said[0]
     assert all("is damaged" in text for text in said) and store.names("bucket", "pod/damaged/")
     straight = tmp_path / "straight"
