@@ -20,6 +20,7 @@ from fdm_jax.families import Family
 from fdm_jax.networks import SongUNet
 from fdm_jax.sampling import seeds as draws
 from fdm_jax.sampling.generate import BatchedGenerator
+from fdm_jax.training.agreement import all_or_none
 from fdm_jax.training.checkpoints import Checkpoints, check_alike, read_config
 
 
@@ -140,6 +141,7 @@ def load_run(workdir: Path, checkpoint: int | str | None = None) -> Model:
     Raises:
       UserError: it is no workdir, or there is no such checkpoint.
     """
-    read_config(workdir)  # says so if it is none
+    with all_or_none(f"{workdir} is not the workdir of a run for another process, which says why."):
+        read_config(workdir)  # says so if it is none
     step, variables, meta = Checkpoints(workdir / "checkpoints", read_only=True).restore_model(checkpoint)
     return Model.from_config(meta["config"], variables, step)

@@ -149,9 +149,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     import jax
 
     from fdm_jax.evaluation.measures import choose_metrics, measure
+    from fdm_jax.training.agreement import all_or_none
 
-    images = generated_images(args) if args.images is None else existing_images(args)
-    reference, extractor = open_reference(args.ref, args.extractor, args.weights, images.shape)
+    made = generated_images(args) if args.images is None else None
+    with all_or_none("Another process cannot evaluate, and says why."):
+        images = made or existing_images(args)
+        reference, extractor = open_reference(args.ref, args.extractor, args.weights, images.shape)
     metrics = choose_metrics(args.metrics.split(",") if args.metrics else None, reference, extractor)
     settings = images.settings | extractor.describe() | {
         "ref": str(args.ref), "ref_sha256": reference.checksum, "ref_description": reference.description,

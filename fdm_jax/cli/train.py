@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from fdm_jax.cli.config import load
     from fdm_jax.defaults import to_json
     from fdm_jax.experiment import Experiment, open_data
+    from fdm_jax.training.agreement import all_or_none
     from fdm_jax.training.loop import check, train
 
     if args.init_from:
@@ -65,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
             "say, or leave eval.ref out."
         )
     with joined(args.distributed, args.workdir):
-        source = open_data(config)
-        experiment = Experiment.from_config(config, source.spec)
+        with all_or_none("Another process cannot train on its data, and says why."):
+            source = open_data(config)
+            experiment = Experiment.from_config(config, source.spec)
         if jax.process_index() == 0:
             processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
             kind = jax.devices()[0].device_kind

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,24 @@ OWN_FIELDS = (
 def in_all(holds: bool) -> bool:
     """Whether it holds in every process; all of them ask."""
     return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(holds)).all())
+
+
+@contextlib.contextmanager
+def all_or_none(otherwise: str) -> Iterator[None]:
+    """What one process cannot do, none does: a UserError in one is one in all, which would else wait for it.
+
+    The block is each process's own affair: nothing in it may wait for another one.
+
+    Args:
+      otherwise: the sentence for the others.
+    """
+    error = None
+    try:
+        yield
+    except UserError as found:
+        error = found
+    if not in_all(error is None):
+        raise error or UserError(otherwise)
 
 
 def of_the_first(numbers: Sequence[int]) -> list[int]:

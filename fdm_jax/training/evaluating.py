@@ -21,7 +21,7 @@ from fdm_jax.evaluation.references import open_with_extractor
 from fdm_jax.experiment import Experiment, open_data
 from fdm_jax.sampling import seeds as draws
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
-from fdm_jax.training.agreement import check_data
+from fdm_jax.training.agreement import all_or_none, check_data
 from fdm_jax.whole_files import place
 
 log = logging.getLogger(__name__)
@@ -70,18 +70,19 @@ class Evaluator:
 
 def _held_out(experiment: Experiment, mesh: Mesh) -> DenoisingError:
     config, shape = experiment.config.eval, experiment.image_shape
-    try:
-        source = open_data(experiment.config, config.held_out_split, config.held_out_source)
-    except UserError as error:
-        raise UserError(
-            f"The held-out images (eval.held_out_split={config.held_out_split}) cannot be had: {error} "
-            "Without them: --config.eval.held_out_split=''."
-        ) from error
+    with all_or_none("Another process cannot have the held-out images, and says why."):
+        try:
+            source = open_data(experiment.config, config.held_out_split, config.held_out_source)
+        except UserError as error:
+            raise UserError(
+                f"The held-out images (eval.held_out_split={config.held_out_split}) cannot be had: {error} "
+                "Without them: --config.eval.held_out_split=''."
+            ) from error
+        spec = source.spec
+        found = (spec.resolution, spec.resolution, spec.channels)
+        if found != shape:
+            raise UserError(f"The held-out images of {spec.name} are {found}, and the run's are {shape}.")
     check_data(source)
-    spec = source.spec
-    found = (spec.resolution, spec.resolution, spec.channels)
-    if found != shape:
-        raise UserError(f"The held-out images of {spec.name} are {found}, and the run's are {shape}.")
     batch = source.read(np.arange(min(len(source), config.held_out_images)))
     model_denoiser = experiment.model_denoiser()
 
@@ -95,8 +96,9 @@ def _held_out(experiment: Experiment, mesh: Mesh) -> DenoisingError:
 
 def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Callable[[], bool]], dict[str, float] | None]:
     config = experiment.config.eval
-    weights = place(config.weights) if config.weights else None
-    reference, extractor = open_with_extractor(place(config.ref), config.extractor, weights, experiment.image_shape)
+    with all_or_none("Another process cannot measure samples (eval.ref), and says why."):
+        weights = place(config.weights) if config.weights else None
+        reference, extractor = open_with_extractor(place(config.ref), config.extractor, weights, experiment.image_shape)
     generator = BatchedGenerator(experiment.generate_fn(), mesh, min(config.batch_size, config.num_images))
     maker = FeatureMaker(extractor, mesh, generator.batch_size)
     name = "eval/fid" if extractor.kind == "inception" else "eval/frechet_distance"

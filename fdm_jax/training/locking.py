@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fdm_jax.errors import UserError
-from fdm_jax.training.agreement import in_all
+from fdm_jax.training.agreement import all_or_none
 from fdm_jax.whole_files import is_remote, refusal
 
 # A lock on Google Cloud Storage is written anew so often, and belongs to nobody when it was not for so long (seconds).
@@ -41,13 +41,8 @@ def locked(workdir: Path, hold: bool = True) -> Iterator[None]:
       UserError: another process trains there, or the workdir cannot be written; in all processes, if in one.
     """
     with contextlib.ExitStack() as stack:
-        error = None
-        try:
+        with all_or_none(f"The workdir {workdir} cannot be had by another process, which says why."):
             stack.enter_context(_remote_lock(workdir, hold) if is_remote(workdir) else _local_lock(workdir, hold))
-        except UserError as found:
-            error = found
-        if not in_all(error is None):
-            raise error or UserError(f"The workdir {workdir} cannot be had by another process, which says why.")
         yield
 
 

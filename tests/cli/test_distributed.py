@@ -165,6 +165,19 @@ def test_different_data_in_two_processes(data_dir, tmp_path):
         assert f"The processes have different data (digits, {count} images of 8x8x1" in text
 
 
+@pytest.mark.parametrize(
+    "command, words", [("train", "cannot train on its data"), ("generate", "is not the workdir of a run for another")]
+)
+def test_what_another_process_lacks(straight_run, data_dir, tmp_path, monkeypatch, capsys, command, words):
+    """As a file that is on the disks of some hosts: all end with 2, or a scheduler would start them again."""
+    monkeypatch.setattr("fdm_jax.training.agreement.in_all", lambda holds: False)
+    arguments = ["generate", f"--workdir={straight_run}", f"--out={tmp_path}/a.png"]
+    if command == "train":
+        arguments = tiny.arguments(tmp_path / "run", data_dir)
+    assert main(arguments) == 2
+    assert words in (said := capsys.readouterr().err) and "says why" in said and not list(tmp_path.iterdir())
+
+
 def test_different_commands_in_two_processes(data_dir, tmp_path):
     """One would save where the other does not, and wait for it; its paths and threads are each one's own affair."""
     free = [data_dir, "--config.data.threads=1HOST", "--config.data.cache_mb=10HOST"]
