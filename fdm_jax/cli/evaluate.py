@@ -162,19 +162,31 @@ def _evaluate(args: argparse.Namespace) -> int:
     parent = args.workdir / "evaluations" if args.workdir else Path("evaluations")
     folder = args.out or parent / folder_name(images.name, settings)
     seconds, piece = extract_all(folder, settings, images, extractor, args)
-    if jax.process_index():
-        return 0  # the first process has all features before it
-    features, logits = gather(folder, range(0, images.num, piece))
-    result = measure(features, logits, reference, extractor, metrics, bootstrap=args.bootstrap)
-    report = {"images": len(features), "seconds": round(seconds, 1), "settings": settings, "versions": versions()}
-    write_json(folder / "result.json", {"metrics": _measured_before(folder, settings) | result} | report)
-    if not args.keep_features:
-        remove_folder(folder / FEATURES)
+    # The others wait: JAX would end all of them if the first one took more than five minutes to part from them.
+    with all_or_none("The first process cannot measure the images, and says why."):
+        if jax.process_index() == 0:  # which has all features before it
+            features, logits = gather(folder, range(0, images.num, piece))
+            result = measure(features, logits, reference, extractor, metrics, bootstrap=args.bootstrap)
+            report = {
+                "images": len(features),
+                "seconds": round(seconds, 1),
+                "settings": settings,
+                "versions": versions(),
+            }
+            write_json(folder / "result.json", {"metrics": _measured_before(folder, settings) | result} | report)
+            if not args.keep_features:
+                remove_folder(folder / FEATURES)
+            _print(result)
+            print(
+                f"{len(features):,} images ({images.name}), features of {extractor.kind}; all of it in {folder}/result.json."
+            )
+    return 0
+
+
+def _print(result: dict[str, Any]) -> None:
     for name, figure in result.items():
         deviation = "" if figure["deviation"] is None else f" +- {figure['deviation']:.4g} ({figure['deviation_of']})"
         print(f"{name:18} {figure['value']:.5g}{deviation}")
-    print(f"{len(features):,} images ({images.name}), features of {extractor.kind}; all of it in {folder}/result.json.")
-    return 0
 
 
 def open_reference(

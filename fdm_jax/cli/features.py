@@ -39,12 +39,14 @@ def extract_all(
     from fdm_jax.evaluation.extractors import FeatureMaker
     from fdm_jax.evaluation.moments import check_finite
     from fdm_jax.progress import Progress
+    from fdm_jax.training.agreement import all_or_none
 
     pieces = folder / FEATURES
-    if jax.process_index() == 0:
-        _claim(folder, settings, images.piece)
-    wait_for_all("the folder is ready")
-    piece = _claimed(folder, settings)
+    with all_or_none(f"{folder} cannot be used by the first process, which says why."):
+        if jax.process_index() == 0:
+            _claim(folder, settings, images.piece)
+    with all_or_none(f"{folder} cannot be used by another process, which says why."):
+        piece = _claimed(folder, settings)
     ours = range(0, images.num, piece)[jax.process_index() :: jax.process_count()]
     there = {path.name for path in pieces.glob("*.npz")}  # one list, not a request for each
     missing = [start for start in ours if f"{start:09d}.npz" not in there]

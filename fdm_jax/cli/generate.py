@@ -92,14 +92,15 @@ def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
 
     from fdm_jax.devices import make_mesh
     from fdm_jax.sampling.generate import BatchedGenerator
-    from fdm_jax.training.agreement import check_shared, of_the_first
+    from fdm_jax.training.agreement import all_or_none, check_shared, of_the_first
 
     model = load_with_guide(args)
     labels = model.experiment.choose_labels(args.label, seeds)
     sampler = make_sampler(args, model)
     out, first = _Output(args.out), jax.process_index() == 0
-    if first:
-        out.claim(sampler.settings)
+    with all_or_none("The first process cannot write the images, and says why."):
+        if first:
+            out.claim(sampler.settings)
     check_shared(out.folder)
     # The first looks, for all: they must agree on who makes what, and files may show later in one than in the other.
     missing = np.asarray(of_the_first([i for i, seed in enumerate(seeds) if first and not out.has(int(seed))]), int)
@@ -117,12 +118,14 @@ def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
                         out.put(int(seed), image)
                     bar.update(min(len(images) * jax.process_count(), len(seeds) - bar.n))  # the others are as far
     wait_for_all("all images are there")
-    if first:
-        out.finish(seeds, labels, args.columns or int(np.ceil(np.sqrt(len(seeds)))))
-        print(
-            f"{len(seeds):,} images in {args.out} (checkpoint of step {model.checkpoint:,}, {args.solver}, "
-            f"{sampler.nfe} NFE)."
-        )
+    # The others wait: JAX would end all of them if the first one took more than five minutes to part from them.
+    with all_or_none(f"The first process cannot write {args.out}, and says why."):
+        if first:
+            out.finish(seeds, labels, args.columns or int(np.ceil(np.sqrt(len(seeds)))))
+            print(
+                f"{len(seeds):,} images in {args.out} (checkpoint of step {model.checkpoint:,}, {args.solver}, "
+                f"{sampler.nfe} NFE)."
+            )
 
 
 class _Output:

@@ -1,9 +1,11 @@
 """Several processes of this machine as one: --distributed."""
 
+import inspect
 import shutil
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -227,6 +229,39 @@ def test_samples_and_evaluation_of_a_run_in_two_processes(data_dir, tmp_path):
     assert two.keys() == one.keys() and two["val/error"] == pytest.approx(one["val/error"], rel=1e-5)
     two, one = (np.asarray(Image.open(run / "samples" / "000000000064.png"), int) for run in runs)
     assert two.shape == one.shape and np.abs(two - one).max() <= 1
+
+
+SLOW_TO_MEASURE = """
+import functools, sys, time
+import jax
+import fdm_jax.evaluation.measures as measures
+from fdm_jax.cli.main import main
+
+measure = measures.measure
+
+def slow(*arguments, **more):
+    time.sleep(12)
+    return measure(*arguments, **more)
+
+measures.measure = slow
+jax.distributed.initialize = functools.partial(jax.distributed.initialize, shutdown_timeout_seconds=4)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "shutdown_timeout_seconds" not in inspect.signature(jax.distributed.initialize).parameters,
+    reason="this jax has five minutes, fixed",
+)
+def test_others_wait_for_the_first_one_that_measures(straight_run, tmp_path):
+    """JAX gives up a process that parts so much later than the others, and all of them with it."""
+    stats, out = tmp_path / "stats.npz", tmp_path / "out"
+    assert main(["evaluate", "ref", "--data=digits", "--extractor=pixels", f"--out={stats}"]) == 0
+    arguments = ["evaluate", f"--workdir={straight_run}", f"--ref={stats}", "--metrics=frechet"]
+    arguments += ["--num=64", "--nfe=1", f"--out={out}"]
+    said = finish(start_all(arguments, 2, program=("-c", SLOW_TO_MEASURE)), [0, 0])
+    assert "frechet_distance" in said[0] and (out / "result.json").exists()
 
 
 @pytest.mark.slow
