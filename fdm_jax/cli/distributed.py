@@ -46,9 +46,8 @@ def joined(how: str, workdir: Path | None, *, leave_on_sigterm: bool = False) ->
     if leave_on_sigterm:
         signal.signal(signal.SIGTERM, _leave)
     try:
-        # The first sum over all connects them, and gives those up that do not come within half a minute (on CPUs): it is
-        # taken here, where all are.  Later ones wait for whoever has something to do first, such as for a lock.
         share_compile_cache(workdir)
+        _connect()
         yield
     except RestartNeeded as error:
         if not isinstance(error, ProcessLost):
@@ -60,6 +59,22 @@ def joined(how: str, workdir: Path | None, *, leave_on_sigterm: bool = False) ->
         raise
     else:
         jax.distributed.shutdown()
+
+
+def _connect() -> None:
+    """A sum over all devices.
+
+    The first one connects them, and (on CPUs) gives those up that do not come within half a minute.  Here all are ready
+    for it; later ones wait for whoever has something to do first, such as to compile, or for a lock.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from fdm_jax.devices import make_mesh, sharded
+
+    each = jax.make_array_from_process_local_data(sharded(make_mesh()), np.ones(jax.local_device_count(), np.int32))
+    jax.block_until_ready(jax.jit(jnp.sum)(each))
 
 
 def _leave(number: int, frame: Any) -> None:

@@ -231,6 +231,29 @@ def test_samples_and_evaluation_of_a_run_in_two_processes(data_dir, tmp_path):
     assert two.shape == one.shape and np.abs(two - one).max() <= 1
 
 
+SLOW_TO_COMPILE = """
+import sys, time
+from fdm_jax.cli.main import main
+from fdm_jax.training.loop import _Run
+
+begin = _Run._begin
+
+def late(self):
+    begin(self)
+    time.sleep(40 if sys.argv[-1].endswith(",1") else 0)
+
+_Run._begin = late
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_process_that_compiles_for_longer(data_dir, tmp_path):
+    """On CPUs a first sum over some devices waits for half a minute only; the others find their programs, and it does not."""
+    arguments = tiny.arguments(tmp_path / "run", data_dir, "--config.train.images=32")
+    finish(start_all(arguments, 2, devices=2, program=("-c", SLOW_TO_COMPILE)), [0, 0])
+
+
 SLOW_TO_MEASURE = """
 import functools, sys, time
 import jax
