@@ -93,7 +93,9 @@ def check_shared(folder: Path) -> None:
     """Raise a UserError, in all processes alike, unless all of them see one folder: each would have a part of the files."""
     others = other_for(folder)
     if others[:1] == [0]:
-        raise UserError(f"{folder} cannot be written by process 0.")
+        raise UserError(
+            f"{folder} cannot be written by process 0: see to it that there is room, and the right to write."
+        )
     if others:
         raise UserError(
             f"{folder} is another folder for process {others[0]} than for process 0: give one that all of them see, on "
