@@ -167,13 +167,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         if jax.process_index() == 0:  # which has all features before it
             features, logits = gather(folder, range(0, images.num, piece))
             result = measure(features, logits, reference, extractor, metrics, bootstrap=args.bootstrap)
-            report = {
-                "images": len(features),
-                "seconds": round(seconds, 1),
-                "settings": settings,
-                "versions": versions(),
-            }
-            write_json(folder / "result.json", {"metrics": _measured_before(folder, settings) | result} | report)
+            metrics_and_size = {"metrics": _measured_before(folder, settings) | result, "images": len(features)}
+            made_by = {"seconds": round(seconds, 1), "settings": settings, "versions": versions()}
+            write_json(folder / "result.json", metrics_and_size | made_by)
             if not args.keep_features:
                 remove_folder(folder / FEATURES)
             _print(result)
@@ -184,6 +180,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _print(result: dict[str, Any]) -> None:
+    """A line for each metric."""
     for name, figure in result.items():
         deviation = "" if figure["deviation"] is None else f" +- {figure['deviation']:.4g} ({figure['deviation_of']})"
         print(f"{name:18} {figure['value']:.5g}{deviation}")

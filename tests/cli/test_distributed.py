@@ -252,7 +252,8 @@ sys.exit(main(sys.argv[1:]))
 def test_process_that_compiles_for_longer(data_dir, tmp_path):
     """On CPUs a first sum over some devices waits for half a minute only; the others find their programs, and it does not."""
     arguments = tiny.arguments(tmp_path / "run", data_dir, "--config.train.images=32")
-    finish(start_all(arguments, 2, devices=2, program=("-c", SLOW_TO_COMPILE)), [0, 0])
+    said = finish(start_all(arguments, 2, devices=2, program=("-c", SLOW_TO_COMPILE)), [0, 0])
+    assert "32 of 32 images (100%)" in said[0]
 
 
 SLOW_TO_MEASURE = """
