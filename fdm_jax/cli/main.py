@@ -126,6 +126,7 @@ def _less_memory(args: argparse.Namespace) -> str:
 
 def entry_point() -> None:
     """The console script."""
+    sys.unraisablehook = _leave_out_echoes
     try:
         try:
             code = main(sys.argv[1:])
@@ -139,6 +140,16 @@ def entry_point() -> None:
     if code:
         # The sentence is said: exit handlers of libraries would only repeat its cause in a page of their own.
         os._exit(code)
+
+
+def _leave_out_echoes(unraisable: Any) -> None:
+    """Report an error that nobody can catch, as Python does, but for echoes of one that is reported.
+
+    Where one write of many fails, such as on a full disk, the others find that nobody waits for them any more: a traceback
+    each, hundreds in all.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _unread(stream: TextIO) -> bool:

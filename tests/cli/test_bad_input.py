@@ -1,13 +1,15 @@
 """What a user gets wrong is one sentence on stderr and exit code 2, before anything is compiled or lost."""
 
+import asyncio
 import json
+import sys
 import zipfile
 
 import jax.numpy as jnp
 import pytest
 import tiny
 
-from fdm_jax.cli.main import main, parse
+from fdm_jax.cli.main import entry_point, main, parse
 
 
 def refused(capsys, arguments, started=False):
@@ -202,6 +204,31 @@ def test_full_disk_is_one_sentence(capsys, monkeypatch, tmp_path, data_dir):
     assert "The disk is full: nothing already saved is lost" in refused(
         capsys, tiny.arguments(tmp_path / "run", data_dir), started=True
     )
+
+
+def test_writes_that_a_failed_save_leaves_behind_are_not_reported(monkeypatch):
+    """As TensorStore's threads, which call a loop that asyncio has closed from C++, where nobody catches."""
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(sys, "__unraisablehook__", lambda error: reported.append(str(error.exc_value)))
+    monkeypatch.setattr(sys, "argv", ["fdm", "--version"])
+    with pytest.raises(SystemExit):
+        entry_point()
+
+    class Failing:
+        def __init__(self, error):
+            self.error = error
+
+        def __del__(self):
+            raise self.error
+
+    loop = asyncio.new_event_loop()
+    loop.close()
+    with pytest.raises(RuntimeError) as echo:
+        loop.call_soon_threadsafe(print)
+    Failing(echo.value)
+    Failing(RuntimeError("another one"))
+    assert reported == ["another one"]
 
 
 @pytest.mark.parametrize(
