@@ -274,7 +274,14 @@ class Plan:
     @property
     def state_bytes(self) -> int:
         """Per device; dealt out but for small arrays, which are left out of account."""
-        return math.ceil(state_bytes(self.parameters, self.accumulation) / (self.num_devices if self.dealt else 1))
+        if not self.dealt:
+            return state_bytes(self.parameters, self.accumulation)
+        return math.ceil(state_bytes(self.parameters, self.accumulation) / self.num_devices) + self.gathered_bytes
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Of whole parameters, where the state is dealt out; those in bfloat16 are among the casts of the activations."""
+        return 4 * self.parameters if self.dealt and self.dtype == "float32" else 0
 
     @property
     def activation_bytes(self) -> int:

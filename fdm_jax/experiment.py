@@ -148,7 +148,7 @@ class Experiment:
         """Its train step, on the devices of a mesh, as ``parallel`` says."""
         return parallelise(
             self.config.parallel,
-            lambda axis: make_train_step(self.network, self.family, self.spec, axis_name=axis),
+            lambda axis: make_train_step(self.network, self.family, self.spec, axis=axis),
             mesh,
         )
 

@@ -29,7 +29,7 @@ def compiled_step(network, batch_size=64):
     """The train step's program for all devices, with what it takes."""
     spec = TrainSpec(batch_size=batch_size, learning_rate=1e-3, lr_rampup_images=0, num_classes=10)
     family = EDM(momentum=Momentum(multiplier=2.0))
-    parallel = parallelise("jit", lambda axis: make_train_step(network, family, spec, axis_name=axis), make_mesh())
+    parallel = parallelise("jit", lambda axis: make_train_step(network, family, spec, axis=axis), make_mesh())
     state = parallel.put_state(jax.jit(lambda: init_state(network, spec, (32, 32, 3)))())
     rng = np.random.default_rng(0)
     batch = parallel.put_batch({

@@ -186,7 +186,7 @@ def training_program(case: Case) -> Program:
 
     network, spec = case.network, case.spec
     parallel = parallelise(
-        case.parallel, lambda axis: make_train_step(network, case.family, spec, axis_name=axis), make_mesh()
+        case.parallel, lambda axis: make_train_step(network, case.family, spec, axis=axis), make_mesh()
     )
     _, init = fresh_state(network, spec, case.image_shape, parallel.state_sharding)
     state = parallel.put_state(init())

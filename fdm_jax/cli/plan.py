@@ -178,12 +178,13 @@ def render(plan: Plan, compiled: bool = False, compile_for: str | None = None) -
     image_flops = plan.step_flops // plan.batch_size
     training, sampling = plan.training_flops, SAMPLES * plan.nfe * plan.forward_flops
     share = "this device's part of " if plan.dealt else ""
+    gathered = ", and whole parameters" if plan.gathered_bytes else ""
     at_once = f"{plan.images_at_once:,} images" + (f" ({plan.accumulation} rounds)" if plan.accumulation > 1 else "")
     facts = [
         ("parameters", f"{plan.parameters:,}"),
         ("operations", f"per image {_flops(plan.forward_flops)} forward, {_flops(image_flops)} in training"),
         ("memory", f"{_size(plan.state_bytes + plan.activation_bytes)} of each device's {device.memory_gib:g} GiB"),
-        ("  state", f"{_size(plan.state_bytes)}: {share}parameters, gradients, Adam's moments, EMA; float32"),
+        ("  state", f"{_size(plan.state_bytes)}: {share}parameters, gradients, Adam's moments, EMA; float32{gathered}"),
         ("  activations", f"about {_size(plan.activation_bytes)}: {at_once} at a time; {plan.dtype}"),
         ("training", f"{plan.steps:,} steps of {plan.batch_size:,} images, {_flops(training)}"),
         ("  speed", f"about {plan.images_per_second:,.0f} img/s, {_duration(step_seconds)} per step"),

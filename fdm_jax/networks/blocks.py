@@ -95,6 +95,7 @@ class Conv(nn.Module):
       fused: resample after the convolution when going down (before it when going up) with the paddings of both
         pushed to the first operation, so that no border of zeros arises between the two.
       init_scale: factor on the Xavier-uniform start of the kernel.
+      give_bias: (the result without its bias, the bias [features] float32) instead of their sum.
     """
 
     features: int
@@ -103,14 +104,15 @@ class Conv(nn.Module):
     resample_filter: Sequence[float] = (1, 1)
     fused: bool = False
     init_scale: float = 1.0
+    give_bias: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> Any:
         k, taps = self.kernel_size, self.resample_filter
         kernel = self.param("kernel", xavier_uniform(self.init_scale), (k, k, x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         w_pad, f_pad = k // 2, (len(taps) - 1) // 2
 
         def conv(x: jax.Array, pad: int) -> jax.Array:
@@ -130,7 +132,7 @@ class Conv(nn.Module):
             x = upsample(conv(x, 0), taps)  # a 1x1 kernel commutes with the filter: a quarter of the work
         else:
             x = conv(upsample(x, taps), w_pad)
-        return x + bias
+        return (x, bias) if self.give_bias else x + bias.astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -244,8 +246,10 @@ class UNetBlock(nn.Module):
     def __call__(self, x: jax.Array, emb: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """x [B, H, W, C], emb [B, E] float32, dropout_keys [B] or None -> [B, H', W', features]."""
         resampled = {"resample": self.resample, "resample_filter": self.resample_filter, "dtype": self.dtype}
-        h = Conv(self.features, 3, **resampled, name="conv0")(nn.silu(group_norm(x.shape[-1], self.dtype, "norm0")(x)))
-        shift = nn.Dense(self.features, kernel_init=xavier_uniform(), name="affine")(emb)
+        h = nn.silu(group_norm(x.shape[-1], self.dtype, "norm0")(x))
+        # A bias in the shift costs nothing, nor does its gradient, which is else a sum over all pixels.
+        h, bias = Conv(self.features, 3, give_bias=True, **resampled, name="conv0")(h)
+        shift = nn.Dense(self.features, kernel_init=xavier_uniform(), name="affine")(emb) + bias
         h = nn.silu(group_norm(self.features, self.dtype, "norm1")(h, shift))
         if self.dropout > 0 and dropout_keys is not None:
             h = dropout(h, self.dropout, dropout_keys)

@@ -17,7 +17,7 @@ from fdm_jax import pictures
 from fdm_jax.data.pipeline import Batches, make_batches
 from fdm_jax.data.sources import Source
 from fdm_jax.defaults import to_json
-from fdm_jax.devices import make_mesh
+from fdm_jax.devices import make_mesh, put, replicated
 from fdm_jax.errors import RestartNeeded, UserError
 from fdm_jax.experiment import Experiment
 from fdm_jax.progress import Progress
@@ -234,9 +234,12 @@ class _Run:
             )
 
     def _averaged(self) -> dict[str, Any]:
-        """The averaged weights as the network takes them."""
+        """The averaged weights as the network takes them, whole on every device.
+
+        Where they are dealt out they are so gathered once, and not in every pass (see fsdp_over_mesh in parallel.py).
+        """
         state = self.parallel.get_state(self.state)
-        return {"params": state.ema, **state.constants}
+        return put({"params": state.ema, **state.constants}, replicated(self.mesh))
 
     def _evaluate(self, stop: Stop) -> bool:
         """Whether it was done, and not broken off by a signal."""

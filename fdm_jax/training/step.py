@@ -24,6 +24,7 @@ from fdm_jax.errors import UserError
 from fdm_jax.families import Family
 from fdm_jax.objective import clamp, denoising_loss, loss_weight
 from fdm_jax.sampling.seeds import GENERATOR
+from fdm_jax.training.axis import Axis, total
 from fdm_jax.training.schedules import ema_beta, images_after, learning_rate
 
 # Whether rounds of accumulation can do without a loop on CPUs.  Before jax 0.11.2 XLA forgets barriers too early, and
@@ -117,12 +118,11 @@ def draw_for_examples(
     return jax.vmap(one)(index)
 
 
-def sanitise(gradients: Any) -> tuple[Any, jax.Array]:
-    """NaN -> 0 and +-inf -> +-1e5, and how many values that were."""
+def sanitise(gradients: Any) -> tuple[Any, Any]:
+    """NaN -> 0 and +-inf -> +-1e5, and how many values of each array that were, int32."""
     # Counted as float32, exact up to 2^24 in one array: XLA joins a sum of integers to no other pass over the values.
-    counts = [jnp.sum(jnp.where(jnp.isfinite(g), 0.0, 1.0)) for g in jax.tree.leaves(gradients)]
-    clean = jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), gradients)
-    return clean, sum((count.astype(jnp.int32) for count in counts), jnp.zeros((), jnp.int32))
+    counts = jax.tree.map(lambda g: jnp.sum(jnp.where(jnp.isfinite(g), 0.0, 1.0)).astype(jnp.int32), gradients)
+    return jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), gradients), counts
 
 
 def init_state(network: nn.Module, spec: TrainSpec, image_shape: tuple[int, ...]) -> TrainState:
@@ -152,7 +152,7 @@ def make_train_step(
     family: Family,
     spec: TrainSpec,
     *,
-    axis_name: str | None = None,
+    axis: Axis | None = None,
     draw_fn: Callable[[jax.Array, Batch], Draws] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Build the step.
@@ -161,12 +161,12 @@ def make_train_step(
       network: F; called as network.apply({"params", ...}, x, c_noise, labels, augment_labels, dropout_keys=...).
       family: noise family, with or without momentum.
       spec: constants of the run.
-      axis_name: under ``jax.pmap``, the axis to sum over; None under ``jax.jit``, where the batch is whole.
+      axis: the devices that share a batch, under ``jax.pmap`` or ``jax.shard_map``; None where it is whole.
       draw_fn: replaces the random draws (tests feed stored ones).
 
     Returns:
       train_step(state, batch).  The batch holds "image" (uint8 [B, H, W, C], or float32 in [-1, 1]), "label"
-      (int32 [B], ignored by unconditional runs) and "index" (int32 [B], place in the global batch).  Under pmap, B
+      (int32 [B], ignored by unconditional runs) and "index" (int32 [B], place in the global batch).  With an axis, B
       is the device's share.  Metrics are scalars: loss, grad_norm, learning_rate, clamp, ema_beta,
       bad_gradients (values that were not finite) and bad_steps (such steps in a row).
 
@@ -180,7 +180,7 @@ def make_train_step(
         share, dtype = len(batch["image"]), batch["image"].dtype
         if dtype != jnp.uint8 and not jnp.issubdtype(dtype, jnp.floating):
             raise UserError(f"Images must be uint8, or floats in [-1, 1], and these are {dtype}.")
-        images = share if axis_name is None else share * jax.lax.psum(1, axis_name)
+        images = share if axis is None else share * jax.lax.psum(1, axis.name)
         if images != spec.batch_size:  # loss and gradients would be off by the ratio
             raise UserError(f"The batch has {images} images, and spec.batch_size is {spec.batch_size}.")
         if spec.accumulation < 1 or share % spec.accumulation:
@@ -199,7 +199,8 @@ def make_train_step(
         if spec.augment_probability > 0:
             images, augment_labels = augment.augment_with_keys(draws.augment_keys, images, spec.augment_probability)
         class_labels = jax.nn.one_hot(batch["label"], spec.num_classes) if spec.num_classes else None
-        variables = {"params": params, **state.constants}
+        whole = params if axis is None else axis.gather(params, network.dtype)
+        variables = {"params": whole, **state.constants}
 
         def apply(x: jax.Array, c_noise: jax.Array) -> jax.Array:
             return network.apply(  # type: ignore[return-value]
@@ -235,9 +236,11 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         check(batch)
         loss, gradients = jax.tree.map(lambda a: a / spec.batch_size, loss_and_gradients(state, batch))
-        if axis_name is not None:
-            loss, gradients = jax.lax.psum((loss, gradients), axis_name)
-        gradients, bad_gradients = sanitise(gradients)
+        if axis is not None:
+            loss, gradients = axis.sum(loss, gradients)
+        total_of = total if axis is None else axis.total
+        gradients, bad = sanitise(gradients)
+        bad_gradients = total_of(bad)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         nimg = images_after(state.step, spec.batch_size)
@@ -245,7 +248,7 @@ def make_train_step(
         bad_steps = jnp.where(bad_gradients > 0, state.bad_steps + 1, 0)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": jnp.sqrt(total_of(jax.tree.map(lambda g: jnp.sum(jnp.square(g)), gradients))),
             "learning_rate": learning_rate(nimg, spec.learning_rate, spec.lr_rampup_images),
             "clamp": clamp(state.step, spec.warmup_steps),
             "ema_beta": beta,

@@ -55,7 +55,8 @@ def test_a_dealt_state():
     text = plan.render(dataclasses.replace(CIFAR10, dealt=True))
     assert "132.9 MiB: this device's part of parameters" in text
     made = plan.make_plan(experiment("--config.parallel=fsdp"), ACCELERATORS["h100"], 2, 0.3)
-    assert made.dealt and made.state_bytes == 2 * 5 * made.parameters
+    assert made.dealt and made.state_bytes == (2 * 5 + 4) * made.parameters  # in float32 gathered ones are no casts
+    assert "EMA; float32, and whole parameters" in plan.render(made) and "whole" not in text
 
 
 def test_cost():

@@ -4,13 +4,15 @@ import shutil
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from cli.conftest import assert_same_end, checkpoint, rows, start
 
 from fdm_jax.cli.main import main
-from fdm_jax.training import loop
+from fdm_jax.evaluation.denoising import DenoisingError
+from fdm_jax.training import loop, parallel
 
 
 def test_resumed_run_equals_uninterrupted_run(straight_run, data_dir, tmp_path):
@@ -84,12 +86,22 @@ def test_several_steps_as_one_program(straight_run, data_dir, tmp_path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pmap", "fsdp"])
-def test_other_modes_continue_what_jit_began(straight_run, data_dir, tmp_path, mode):
-    """Checkpoints know nothing of how devices were used, and all ways give one curve."""
+def test_other_modes_continue_what_jit_began(straight_run, data_dir, tmp_path, monkeypatch, mode):
+    """Checkpoints know nothing of how devices were used, and all ways give one curve.  What evaluates has it all."""
+    monkeypatch.setattr(parallel, "LEAST_DEALT", 16)
+    held, mean = [], DenoisingError.mean
+
+    def watched(self, variables):
+        held.extend(leaf.sharding.shard_shape(leaf.shape) == leaf.shape for leaf in jax.tree.leaves(variables))
+        return mean(self, variables)
+
+    monkeypatch.setattr(DenoisingError, "mean", watched)
     workdir = tmp_path / "run"
     assert main(tiny.arguments(workdir, data_dir, "--config.train.images=192")) == 0
-    assert main(tiny.arguments(workdir, data_dir, f"--config.parallel={mode}")) == 0
-    losses = [[row["loss"] for row in rows(run)] for run in (straight_run, workdir)]
+    evaluated = ["--config.eval.every_images=320", "--config.eval.held_out_images=16"]
+    assert main(tiny.arguments(workdir, data_dir, *evaluated, f"--config.parallel={mode}")) == 0
+    assert held and all(held)
+    losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in (straight_run, workdir)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
