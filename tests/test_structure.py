@@ -17,7 +17,7 @@ CORE = [
     ),
     *(ROOT / "networks").glob("*.py"),
     *(ROOT / "sampling").glob("*.py"),
-    *(ROOT / "training" / f"{name}.py" for name in ("schedules", "step")),
+    *(ROOT / "training" / f"{name}.py" for name in ("schedules", "axis", "step")),
 ]
 CORE_MODULES = ("errors", "devices", "momentum", "families", "denoiser", "objective", "augment", "networks", "sampling")
 ALLOWED = {
@@ -41,7 +41,7 @@ def test_core_imports_core_only():
             top, *rest = name.split(".")
             if top == "fdm_jax":
                 inside = not rest or rest[0] in CORE_MODULES or name in (
-                    "fdm_jax.training.step", "fdm_jax.training.schedules",
+                    "fdm_jax.training.step", "fdm_jax.training.schedules", "fdm_jax.training.axis",
                 )  # fmt: skip
                 assert inside, f"{path.name} imports {name}"
             else:
