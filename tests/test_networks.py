@@ -32,8 +32,9 @@ def test_golden_group_norm(golden, channels):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_group_norm_is_that_of_flax(dtype):
-    """Values and derivatives, where the mean is ten times the spread of what is normalised."""
+@pytest.mark.parametrize("cut", [None, 10])
+def test_group_norm_is_that_of_flax(dtype, cut):
+    """Values and derivatives, where the mean is ten times the spread, and a group may lie in two parts."""
     x = (1 + 0.1 * jax.random.normal(jax.random.key(0), (2, 5, 4, 24))).astype(dtype)
     ours = group_norm(24, dtype, None)
     flax = nn.GroupNorm(ours.num_groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False)
@@ -41,9 +42,13 @@ def test_group_norm_is_that_of_flax(dtype):
     assert jax.tree.structure(ours.init(jax.random.key(0), x)) == jax.tree.structure(flax.init(jax.random.key(0), x))
 
     def all_of(module):
-        y, pull = jax.vjp(lambda p, x: module.apply(p, x), params, x)
+        def apply(params, x):
+            parts = {"parts": [x[..., :cut], x[..., cut:]]} if cut and module is ours else {}
+            return module.apply(params, x, **parts)
+
+        y, pull = jax.vjp(apply, params, x)
         assert y.dtype == dtype
-        return y, pull(jnp.cos(y)), jax.jvp(lambda x: module.apply(params, x), (x,), (x**2,))
+        return y, pull(jnp.cos(y)), jax.jvp(lambda x: apply(params, x), (x,), (x**2,))
 
     for a, b in zip(jax.tree.leaves(all_of(ours)), jax.tree.leaves(all_of(flax)), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
@@ -146,7 +151,7 @@ def test_golden_blocks(golden):
         taps = {2: (1, 1), 4: (1, 3, 3, 1)}[taps.shape[-1]]
         resample = {True: "up", False: "down"}[y.shape[1] > x.shape[1]] if y.shape[1] != x.shape[1] else None
         module = UNetBlock(y.shape[-1], resample, taps, attention="attention" in params)
-        out = jax.jit(module.apply)({"params": params}, x, data[f"{kind}/emb"])
+        out = jax.jit(module.apply)({"params": params}, [x], data[f"{kind}/emb"])
         np.testing.assert_allclose(out, y, atol=1e-5, err_msg=kind)
 
 

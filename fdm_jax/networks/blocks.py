@@ -43,7 +43,8 @@ class GroupNorm(nn.Module):
 
     The variance of float32 values is the mean of (x - mean)^2, which small inputs need.  That of bfloat16 values is, of
     each channel, mean(x^2) - mean^2: its error, 2^-24 of mean^2, is far below what their rounding has put into x already
-    (2^-9 of it), and both sums are then taken in one pass, which XLA on TPUs joins to the convolution that makes x.
+    (2^-9 of it), and both sums are then taken in one pass, which XLA on TPUs joins to the convolution that makes x.  Of an x
+    that was put together of parts they are taken part by part: the encoder has taken its parts' already.
 
     With a shift, which is one number for all pixels of a channel, x + shift is normalised and never computed: only the
     channel's mean changes.  (Added to x, XLA on GPUs would spread it over all pixels in memory first.)
@@ -57,15 +58,18 @@ class GroupNorm(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
-        """x [B, H, W, C], shift [B, C] float32 or None -> [B, H, W, C]."""
+    def __call__(
+        self, x: jax.Array, shift: jax.Array | None = None, parts: Sequence[jax.Array] | None = None
+    ) -> jax.Array:
+        """x [B, H, W, C], the parts [B, H, W, c] that make it up, shift [B, C] float32 -> [B, H, W, C]."""
         B, H, W, C = x.shape
         scale = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
 
-        def of_pixels(values: jax.Array) -> jax.Array:
-            """Mean of each channel: [B, H, W, C] -> [B, C]."""
-            return jnp.mean(values, axis=(1, 2))
+        def of_pixels(values: Sequence[jax.Array]) -> jax.Array:
+            """Mean of each channel of all parts: [B, H, W, c], ... -> [B, C]."""
+            means = [jnp.mean(part, axis=(1, 2)) for part in values]
+            return jnp.concatenate(means, axis=-1) if len(means) > 1 else means[0]
 
         def of_group(values: jax.Array) -> jax.Array:
             """Mean over each channel's group: [B, C] -> [B, C]."""
@@ -73,13 +77,15 @@ class GroupNorm(nn.Module):
             return jnp.repeat(groups, C // self.num_groups, axis=-1)
 
         one_pass = x.dtype == jnp.bfloat16
+        summed = [part.astype(jnp.float32) for part in (parts if parts and one_pass else [x])]
         x = x.astype(jnp.float32)
-        own = of_pixels(x)
+        own = of_pixels(summed)
         centre = of_group(own) if shift is None else of_group(own + shift) - shift  # of the group, in the channel's x
         if one_pass:
-            variance = of_group(jnp.maximum(of_pixels(jnp.square(x)) - jnp.square(own), 0) + jnp.square(own - centre))
+            squares = of_pixels([jnp.square(part) for part in summed])
+            variance = of_group(jnp.maximum(squares - jnp.square(own), 0) + jnp.square(own - centre))
         else:
-            variance = of_group(of_pixels(jnp.square(x - centre[:, None, None, :])))
+            variance = of_group(of_pixels([jnp.square(x - centre[:, None, None, :])]))
         factor = jax.lax.rsqrt(variance + EPSILON) * scale
         return ((x - centre[:, None, None, :]) * factor[:, None, None, :] + bias).astype(self.dtype)
 
@@ -243,10 +249,11 @@ class UNetBlock(nn.Module):
     attention_implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x: jax.Array, emb: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """x [B, H, W, C], emb [B, E] float32, dropout_keys [B] or None -> [B, H', W', features]."""
+    def __call__(self, parts: Sequence[jax.Array], emb: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
+        """Parts [B, H, W, c], which make up C channels, emb [B, E] float32, keys [B] or None -> [B, H', W', features]."""
+        x = jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
         resampled = {"resample": self.resample, "resample_filter": self.resample_filter, "dtype": self.dtype}
-        h = nn.silu(group_norm(x.shape[-1], self.dtype, "norm0")(x))
+        h = nn.silu(group_norm(x.shape[-1], self.dtype, "norm0")(x, parts=parts))
         # A bias in the shift costs nothing, nor does its gradient, which is else a sum over all pixels.
         h, bias = Conv(self.features, 3, give_bias=True, **resampled, name="conv0")(h)
         shift = nn.Dense(self.features, kernel_init=xavier_uniform(), name="affine")(emb) + bias

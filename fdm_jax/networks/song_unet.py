@@ -238,11 +238,13 @@ class SongUNet(nn.Module):
                 return None
             return jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, count)
 
-        def block(name: str, features: int, x: jax.Array, attention: bool = False, resample: str | None = None) -> Any:
+        def block(
+            name: str, features: int, *parts: jax.Array, attention: bool = False, resample: str | None = None
+        ) -> Any:
             """A block at resolution ``res``."""
             kind = rematerialised if res in self.remat else UNetBlock
             settings = (resample, taps, attention, self.dropout, self.dtype, self.attention)
-            return kind(features, *settings, name=name)(x, emb, next_keys())
+            return kind(features, *settings, name=name)(parts, emb, next_keys())
 
         emb = self._embedding(c_noise, class_labels, augment_labels, next_keys())
         x = aux = x.astype(self.dtype)
@@ -271,9 +273,9 @@ class SongUNet(nn.Module):
             else:
                 x = block(f"dec_{res}x{res}_up", x.shape[-1], x, resample="up")
             for i in range(self.num_blocks + 1):
-                x = jnp.concatenate([x, skips.pop()], axis=-1)
                 attention = i == self.num_blocks and res in self.attn_resolutions
-                x = block(f"dec_{res}x{res}_block{i}", self.model_channels * mult, x, attention=attention)
+                features = self.model_channels * mult
+                x = block(f"dec_{res}x{res}_block{i}", features, x, skips.pop(), attention=attention)
 
         res = self.resolution
         x = nn.silu(group_norm(x.shape[-1], self.dtype, f"dec_{res}x{res}_aux_norm")(x))
