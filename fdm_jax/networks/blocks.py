@@ -66,28 +66,40 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
 
-        def of_pixels(values: Sequence[jax.Array]) -> jax.Array:
-            """Mean of each channel of all parts: [B, H, W, c], ... -> [B, C]."""
-            means = [jnp.mean(part, axis=(1, 2)) for part in values]
-            return jnp.concatenate(means, axis=-1) if len(means) > 1 else means[0]
-
         def of_group(values: jax.Array) -> jax.Array:
             """Mean over each channel's group: [B, C] -> [B, C]."""
             groups = values.reshape(B, self.num_groups, C // self.num_groups).mean(axis=-1)
             return jnp.repeat(groups, C // self.num_groups, axis=-1)
 
-        one_pass = x.dtype == jnp.bfloat16
-        summed = [part.astype(jnp.float32) for part in (parts if parts and one_pass else [x])]
+        if one_pass := x.dtype == jnp.bfloat16:
+            own, squares = _moments(x, [x] if parts is None else parts)
         x = x.astype(jnp.float32)
-        own = of_pixels(summed)
+        if not one_pass:
+            own = jnp.mean(x, axis=(1, 2))
         centre = of_group(own) if shift is None else of_group(own + shift) - shift  # of the group, in the channel's x
         if one_pass:
-            squares = of_pixels([jnp.square(part) for part in summed])
             variance = of_group(jnp.maximum(squares - jnp.square(own), 0) + jnp.square(own - centre))
         else:
-            variance = of_group(of_pixels([jnp.square(x - centre[:, None, None, :])]))
+            variance = of_group(jnp.mean(jnp.square(x - centre[:, None, None, :]), axis=(1, 2)))
         factor = jax.lax.rsqrt(variance + EPSILON) * scale
         return ((x - centre[:, None, None, :]) * factor[:, None, None, :] + bias).astype(self.dtype)
+
+
+@jax.custom_jvp
+def _moments(x: jax.Array, parts: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Means over pixels of x and x^2, float32 [B, C], taken of the parts [B, H, W, c] that make up x [B, H, W, C].
+
+    Derivatives are those by x: by the parts they would have to be kept beside it for the backward pass.
+    """
+    wide = [part.astype(jnp.float32) for part in parts]
+    mean, squares = ([jnp.mean(power(part), axis=(1, 2)) for part in wide] for power in (jnp.positive, jnp.square))
+    return jnp.concatenate(mean, axis=-1), jnp.concatenate(squares, axis=-1)
+
+
+@_moments.defjvp
+def _moments_jvp(primals: Any, tangents: Any) -> Any:
+    x, dx = (a.astype(jnp.float32) for a in (primals[0], tangents[0]))
+    return _moments(*primals), (jnp.mean(dx, axis=(1, 2)), jnp.mean(2 * x * dx, axis=(1, 2)))
 
 
 class Conv(nn.Module):
