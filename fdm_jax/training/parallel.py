@@ -21,7 +21,7 @@ from fdm_jax.training.step import Metrics, TrainState
 from fdm_jax.xla_flags import without_graphs
 
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-MakeStep = Callable[[Axis | None], Step]
+MakeStep = Callable[[Axis], Step]
 Batch = Mapping[str, np.ndarray]
 
 # Arrays of fewer elements are held whole by every device: to gather one costs more than it takes.
@@ -29,7 +29,7 @@ LEAST_DEALT = 4096
 
 # In which order an accelerator's convolutions want the axes of their kernels [H, W, in, out] in memory.  In another one
 # they are transposed in every step, with their gradients, moments and averages: for CIFAR-10's network these are a fifth
-# of the operations in XLA's program for an H200.  (With the state dealt out it made no difference.)
+# of the operations in XLA's program for an H200.  (Not tried with the state dealt out.)
 KERNEL_LAYOUTS = {"gpu": Layout((3, 0, 1, 2))}
 
 
@@ -244,7 +244,7 @@ MODES: dict[str, Callable[[MakeStep, Mesh], Parallel]] = {
 
 
 def parallelise(mode: str, make_step: MakeStep, mesh: Mesh) -> Parallel:
-    """Run ``make_step(axis_name)`` on the mesh's devices in the given mode, "jit", "fsdp" or "pmap".
+    """Run ``make_step(axis)`` on the mesh's devices in the given mode, "jit", "fsdp" or "pmap".
 
     Raises:
       UserError: an unknown mode.
