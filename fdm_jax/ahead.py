@@ -32,7 +32,8 @@ BLOCKS = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4
 # Accelerator type -> what JAX calls the slice.  The number in a type counts chips, or the cores of v4 and v5p, which have
 # two to a chip and one to a device.
 SLICES = {
-    **{f"v5litepod-{chips}": f"v5e:{shape}" for chips, shape in PLANES.items()},
+    **{f"v5litepod-{chips}": f"v5e:{shape}" for chips, shape in PLANES.items()},  # as gcloud calls it
+    **{f"v5e-{chips}": f"v5e:{shape}" for chips, shape in PLANES.items()},  # as everybody does
     **{f"v6e-{chips}": f"v6e:{shape}" for chips, shape in PLANES.items()},
     **{f"v4-{2 * chips}": f"v4:{shape}" for chips, shape in BLOCKS.items()},
     **{f"v5p-{2 * chips}": f"v5p:{shape}" for chips, shape in BLOCKS.items()},

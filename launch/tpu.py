@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import shlex
 import subprocess
 import sys
@@ -118,13 +119,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def need_runtime(args: argparse.Namespace) -> None:
-    """Fill in the runtime version.
+    """Fill in the runtime version, and the accelerator type as gcloud calls it.
 
     Raises:
       Refusal: no accelerator type, or an unknown one without a runtime version.
     """
     if not args.accelerator_type:
         raise Refusal("--accelerator-type says what to create, such as v4-32 or v5litepod-16.")
+    args.accelerator_type = re.sub("^v5e-", "v5litepod-", args.accelerator_type)  # gcloud's name for what all call v5e
     args.runtime_version = args.runtime_version or RUNTIMES.get(args.accelerator_type.partition("-")[0])
     if not args.runtime_version:
         raise Refusal(

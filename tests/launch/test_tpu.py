@@ -242,6 +242,11 @@ def test_runtime_versions(pod, kind, runtime):
     assert done.stdout.endswith(f"--accelerator-type={kind} --runtime-version={runtime} --reserved\n")
 
 
+def test_v5e_is_what_gcloud_calls_v5litepod(pod):
+    done = pod.run("tpu", "create", "--dry-run", "--zone=z", "--accelerator-type=v5e-16")
+    assert done.stdout.endswith("--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
