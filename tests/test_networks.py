@@ -14,6 +14,7 @@ from fdm_jax.interop.state_dict import from_torch
 from fdm_jax.networks import SongUNet
 from fdm_jax.networks.blocks import Conv, UNetBlock, attend, dropout, group_norm, hashed_bits
 from fdm_jax.networks.embeddings import fourier_embedding, positional_embedding
+from fdm_jax.networks.resample import downsample, upsample
 
 
 def hwio(weight):
@@ -86,13 +87,13 @@ def test_group_norm_of_shifted_values_against_float64(dtype, mean, tolerance):
     np.testing.assert_allclose(y.reshape(exact.shape), (exact - centre) / np.sqrt(variance + 1e-6), atol=tolerance)
 
 
+@pytest.mark.parametrize("formulation", ["tpu", "default"])
 @pytest.mark.parametrize("fused", ["plain", "fused"])
 @pytest.mark.parametrize("kernel", [0, 1, 3])
 @pytest.mark.parametrize("resample", ["none", "up", "down"])
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
-def test_golden_resampling_convolution(golden, taps, resample, kernel, fused):
-    from fdm_jax.networks.resample import downsample, upsample
-
+def test_golden_resampling_convolution(golden, monkeypatch, taps, resample, kernel, fused, formulation):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, **formulations: formulations[formulation](x))
     data = golden("net_units")
     prefix = f"conv_{''.join(map(str, taps))}_{resample}_k{kernel}_{fused}"
     if f"{prefix}/y" not in data:
@@ -105,6 +106,18 @@ def test_golden_resampling_convolution(golden, taps, resample, kernel, fused):
         module = Conv(6, kernel, None if resample == "none" else resample, taps, fused == "fused")
         out = module.apply({"params": {"kernel": hwio(data[f"{prefix}/weight"]), "bias": data[f"{prefix}/bias"]}}, x)
     np.testing.assert_allclose(out, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
+@pytest.mark.parametrize("resample", [downsample, upsample])
+def test_only_tpus_resample_by_matrices(resample, taps):
+    def backward(x, g):
+        return jax.vjp(lambda x: resample(x, taps), x)[1](g)
+
+    x = jnp.ones((2, 8, 8, 3), jnp.bfloat16)
+    traced = jax.jit(backward).trace(x, resample(x, taps))
+    for platform, products in (("tpu", 2), ("cpu", 0), ("cuda", 0)):
+        assert traced.lower(lowering_platforms=(platform,)).as_text().count("dot_general") == products
 
 
 def test_golden_embeddings(golden):

@@ -134,9 +134,7 @@ class Conv(nn.Module):
         w_pad, f_pad = k // 2, (len(taps) - 1) // 2
 
         def conv(x: jax.Array, pad: int) -> jax.Array:
-            return jax.lax.conv_general_dilated(
-                x, kernel, (1, 1), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
+            return _convolved(x, kernel, pad)
 
         if self.resample is None:
             x = conv(x, w_pad)
@@ -150,7 +148,56 @@ class Conv(nn.Module):
             x = upsample(conv(x, 0), taps)  # a 1x1 kernel commutes with the filter: a quarter of the work
         else:
             x = conv(upsample(x, taps), w_pad)
-        return (x, bias) if self.give_bias else x + bias.astype(self.dtype)
+        return (x, bias) if self.give_bias else _add_bias(x, bias)
+
+
+def _convolved(x: jax.Array, kernel: jax.Array, pad: int) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@jax.custom_jvp
+def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x [..., C] + bias [C] in the type of x; the bias's gradient, a sum over all pixels, is taken in float32.
+
+    By itself it would be summed in the type of x, which is less exact, and on TPUs slower.
+    """
+    return x + bias.astype(x.dtype)
+
+
+@_add_bias.defjvp
+def _add_bias_jvp(primals: Any, tangents: Any) -> Any:
+    dx, dbias = tangents
+    return _add_bias(*primals), (dx.astype(jnp.float32) + dbias).astype(dx.dtype)
+
+
+class QKV(nn.Module):
+    """q, k and v of every pixel, each [B, H * W, 1, C]: a 1x1 convolution of x [B, H, W, C] to 3 C channels.
+
+    On TPUs these are three convolutions, whose results XLA writes as attention reads them; parts of one it would copy.
+    """
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Sequence[jax.Array]:
+        B, H, W, C = x.shape
+        kernel = self.param("kernel", xavier_uniform(math.sqrt(0.2)), (1, 1, C, 3 * C), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (3 * C,), jnp.float32)
+
+        def of_one(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Sequence[jax.Array]:
+            return jnp.split(convolved(x, kernel, bias), 3, axis=-1)
+
+        def of_three(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Sequence[jax.Array]:
+            return [
+                convolved(x, k, b) for k, b in zip(*(jnp.split(a, 3, axis=-1) for a in (kernel, bias)), strict=True)
+            ]
+
+        def convolved(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+            return _add_bias(_convolved(x, kernel, 0), bias).reshape(B, H * W, 1, -1)
+
+        return jax.lax.platform_dependent(
+            x.astype(self.dtype), kernel.astype(self.dtype), bias, tpu=of_three, default=of_one
+        )
 
 
 class Attention(nn.Module):
@@ -167,8 +214,7 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         B, H, W, C = x.shape
         h = group_norm(C, self.dtype, "norm2")(x)
-        qkv = Conv(3 * C, 1, init_scale=math.sqrt(0.2), dtype=self.dtype, name="qkv")(h)
-        q, k, v = jnp.split(qkv.reshape(B, H * W, 1, 3 * C), 3, axis=-1)
+        q, k, v = QKV(self.dtype, name="qkv")(h)
         h = attend(q, k, v, self.implementation).reshape(B, H, W, C)
         return (Conv(C, 1, init_scale=1e-5, dtype=self.dtype, name="proj")(h) + x) * jnp.asarray(SQRT_HALF, x.dtype)
 
