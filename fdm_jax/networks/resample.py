@@ -63,7 +63,7 @@ def upsample(x: jax.Array, filter_taps: Sequence[float] = (1, 1), pad: int | Non
 def halving_matrix(size: int, taps: Sequence[float], pad: int) -> np.ndarray:
     """The matrix [size', size] of :func:`downsample` along one axis."""
     rows = (size + 2 * pad - len(taps)) // 2 + 1
-    matrix = np.zeros((rows, size + 2 * pad), np.float32)
+    matrix = np.zeros((rows, size + 2 * pad))
     for i in range(rows):
         matrix[i, 2 * i : 2 * i + len(taps)] = taps
     return matrix[:, pad : pad + size]
