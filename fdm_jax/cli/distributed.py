@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,28 @@ def _connect() -> None:
 def _leave(number: int, frame: Any) -> None:
     print("fdm: stopped by SIGTERM; the same command goes on from here.", file=sys.stderr, flush=True)
     os._exit(RESTART_CODE)  # at once: the others may never come to where processes part
+
+
+def leave_together(seconds: float = 30) -> None:
+    """Before an end for what the user can mend, which as a rule all processes find: wait until they end too.
+
+    The first one holds the service that connects them, and those that have not said yet what is wrong would be aborted
+    when it is gone.
+
+    Args:
+      seconds: to wait at most: one may have found alone what is wrong.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return
+
+    def part() -> None:
+        with contextlib.suppress(RuntimeError):  # the others are gone already
+            jax.distributed.shutdown()
+
+    parting = threading.Thread(target=part, daemon=True)
+    parting.start()
+    parting.join(seconds)
 
 
 def wait_for_all(what: str) -> None:

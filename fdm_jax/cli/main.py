@@ -16,6 +16,7 @@ from absl import logging
 
 from fdm_jax import __version__
 from fdm_jax.cli.compile_cache import compile_cache
+from fdm_jax.cli.distributed import leave_together
 from fdm_jax.cli.places import check_local
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError, memory_full
 from fdm_jax.host_memory import keep_freed_memory
@@ -137,6 +138,8 @@ def entry_point() -> None:
         if not (_unread(sys.stdout) or _unread(sys.stderr)):
             raise
         code = 128 + signal.SIGPIPE  # what read the output has ended, as `head` does: nobody is left to be told
+    if code == 2:
+        leave_together()
     if code:
         # The sentence is said: exit handlers of libraries would only repeat its cause in a page of their own.
         os._exit(code)

@@ -161,9 +161,23 @@ def test_bereaved_processes(data_dir, tmp_path):
     assert_same_losses(workdir, straight)
 
 
+SLOW_TO_SAY = """
+import time
+from fdm_jax import errors
+made = errors.UserError.__init__
+errors.UserError.__init__ = lambda self, said: (time.sleep(2 if "41 images" in said else 0), made(self, said))[1]
+from fdm_jax.cli.main import entry_point
+entry_point()
+"""
+
+
 def test_different_data_in_two_processes(data_dir, tmp_path):
-    """As if one host had a picture more; each would shuffle in an order of its own."""
-    said = finish(start_all(tiny.arguments(tmp_path / "run", data_dir, "--config.data.max_images=4HOST"), 2), [2, 2])
+    """As if one host had a picture more; each would shuffle in an order of its own.
+
+    The first process connects the others: it waits for one that takes longer to say what is wrong.
+    """
+    arguments = tiny.arguments(tmp_path / "run", data_dir, "--config.data.max_images=4HOST")
+    said = finish(start_all(arguments, 2, program=("-c", SLOW_TO_SAY)), [2, 2])
     for text, count in zip(said, (40, 41), strict=True):
         assert f"The processes have different data (digits, {count} images of 8x8x1" in text
 
