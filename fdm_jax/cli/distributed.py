@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import Any
 
 from fdm_jax.cli.compile_cache import share_compile_cache
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError
+
+PATIENCE = 300  # seconds that a process waits for the others to come; JAX's default
 
 
 def add_distributed_argument(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +38,7 @@ def joined(how: str, workdir: Path | None, *, leave_on_sigterm: bool = False) ->
         for those who ask its service.
 
     Raises:
-      UserError: ``how`` cannot be read, or the others do not come.
+      UserError: ``how`` cannot be read, its port is taken, or it is auto where JAX knows no cluster.
       RestartNeeded: another process was lost; the block's own is passed on.
     """
     if how == "off":
@@ -129,10 +132,23 @@ def lost_another(error: Exception) -> bool:
     return not str(error).startswith(own)
 
 
+def _check_free(how: str, port: int) -> None:
+    """Raise a UserError if the first process cannot listen there: JAX would crash, or share the port of another run."""
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not matter
+            probe.bind(("", port))
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"The first process of --distributed={how} cannot listen at port {port} ({getattr(error, 'strerror', error)}): give "
+            "one that is free."
+        ) from error
+
+
 def _initialise(how: str) -> None:
     import jax
 
-    arguments: tuple[str, int, int] | tuple[()] = ()
+    arguments: dict[str, Any] = {}
     if how != "auto":
         try:
             address, count, index = how.split(",")
@@ -143,9 +159,13 @@ def _initialise(how: str) -> None:
                 "--distributed must be off, auto (where JAX knows the cluster) or HOST:PORT,N,I with I from 0 to N - 1, and "
                 f"is {how!r}."
             ) from error
-        arguments = (address, int(count), int(index))
+        arguments = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+        if int(index) == 0:
+            _check_free(how, int(address.rpartition(":")[2]))
+    # Said before, as nobody can afterwards: JAX aborts a program that has waited in vain, with a page of C++ stack.
+    print(f"Waiting for the other processes of --distributed={how}, {PATIENCE} s at most.", flush=True)
     try:
-        jax.distributed.initialize(*arguments)
+        jax.distributed.initialize(**arguments, initialization_timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         if how == "auto":
             raise UserError(

@@ -3,6 +3,7 @@
 import inspect
 import shutil
 import signal
+import socket
 import time
 
 import jax
@@ -179,6 +180,7 @@ def test_different_data_in_two_processes(data_dir, tmp_path):
     arguments = tiny.arguments(tmp_path / "run", data_dir, "--config.data.max_images=4HOST")
     said = finish(start_all(arguments, 2, program=("-c", SLOW_TO_SAY)), [2, 2])
     for text, count in zip(said, (40, 41), strict=True):
+        assert text.startswith("Waiting for the other processes of --distributed=localhost:")
         assert f"The processes have different data (digits, {count} images of 8x8x1" in text
 
 
@@ -328,7 +330,11 @@ def test_processes_and_devices_give_one_curve(data_dir, tmp_path):
 
 @pytest.mark.parametrize(
     "how, words",
-    [("localhost:1,2,2", "I from 0 to N - 1, and is 'localhost:1,2,2'"), ("somehow", "must be off, auto")],
+    [
+        ("localhost:99999,2,0", "cannot listen at port 99999 (bind(): port must be 0-65535.)"),
+        ("localhost:1,2,2", "I from 0 to N - 1, and is 'localhost:1,2,2'"),
+        ("somehow", "must be off, auto"),
+    ],
 )
 @pytest.mark.parametrize("command", ["train", "generate"])
 def test_bad_input(straight_run, data_dir, tmp_path, capsys, command, how, words):
@@ -337,3 +343,10 @@ def test_bad_input(straight_run, data_dir, tmp_path, capsys, command, how, words
         arguments = tiny.arguments(tmp_path / "run", data_dir)
     assert main([*arguments, f"--distributed={how}"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_port_of_another_program(data_dir, tmp_path, capsys):
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        assert main([*tiny.arguments(tmp_path / "run", data_dir), f"--distributed=localhost:{port},2,0"]) == 2
+    assert f"=localhost:{port},2,0 cannot listen at port {port} (Address already in use)" in capsys.readouterr().err
