@@ -12,7 +12,7 @@ from conftest import GOLDEN, enable_x64, nhwc
 from fdm_jax.errors import UserError
 from fdm_jax.interop.state_dict import from_torch
 from fdm_jax.networks import SongUNet
-from fdm_jax.networks.blocks import Conv, UNetBlock, attend, dropout, group_norm, hashed_bits
+from fdm_jax.networks.blocks import Attention, Conv, UNetBlock, attend, dropout, group_norm, hashed_bits
 from fdm_jax.networks.embeddings import fourier_embedding, positional_embedding
 from fdm_jax.networks.resample import downsample, upsample
 
@@ -87,13 +87,18 @@ def test_group_norm_of_shifted_values_against_float64(dtype, mean, tolerance):
     np.testing.assert_allclose(y.reshape(exact.shape), (exact - centre) / np.sqrt(variance + 1e-6), atol=tolerance)
 
 
-@pytest.mark.parametrize("formulation", ["tpu", "default"])
+@pytest.fixture(params=["tpu", "default"])
+def formulation(request, monkeypatch):
+    """What is computed in one way on TPUs and in another elsewhere, in either way."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, **formulations: formulations[request.param](*x))
+
+
+@pytest.mark.usefixtures("formulation")
 @pytest.mark.parametrize("fused", ["plain", "fused"])
 @pytest.mark.parametrize("kernel", [0, 1, 3])
 @pytest.mark.parametrize("resample", ["none", "up", "down"])
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
-def test_golden_resampling_convolution(golden, monkeypatch, taps, resample, kernel, fused, formulation):
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, **formulations: formulations[formulation](x))
+def test_golden_resampling_convolution(golden, taps, resample, kernel, fused):
     data = golden("net_units")
     prefix = f"conv_{''.join(map(str, taps))}_{resample}_k{kernel}_{fused}"
     if f"{prefix}/y" not in data:
@@ -118,6 +123,13 @@ def test_only_tpus_resample_by_matrices(resample, taps):
     traced = jax.jit(backward).trace(x, resample(x, taps))
     for platform, products in (("tpu", 2), ("cpu", 0), ("cuda", 0)):
         assert traced.lower(lowering_platforms=(platform,)).as_text().count("dot_general") == products
+
+
+def test_only_tpus_make_q_k_and_v_apart():
+    x = jnp.ones((2, 4, 4, 64))
+    traced = jax.jit(lambda x: Attention().init_with_output(jax.random.key(0), x)[0]).trace(x)
+    for platform, convolutions in (("tpu", 4), ("cpu", 2), ("cuda", 2)):
+        assert traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution") == convolutions
 
 
 def test_golden_embeddings(golden):
@@ -151,6 +163,7 @@ def block_kinds(data):
     return sorted({key.split("/")[0] for key in data if key.startswith("block_")})
 
 
+@pytest.mark.usefixtures("formulation")
 def test_golden_blocks(golden):
     data = golden("net_units")
     kinds = block_kinds(data)

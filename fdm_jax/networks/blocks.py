@@ -167,7 +167,7 @@ def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 @_add_bias.defjvp
 def _add_bias_jvp(primals: Any, tangents: Any) -> Any:
     dx, dbias = tangents
-    return _add_bias(*primals), (dx.astype(jnp.float32) + dbias).astype(dx.dtype)
+    return _add_bias(*primals), (dx + dbias).astype(dx.dtype)  # dbias is float32: so is the sum
 
 
 class QKV(nn.Module):
