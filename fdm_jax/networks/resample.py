@@ -8,8 +8,8 @@ the depthwise convolution with the outer product of f with itself:
 
 Outside the image x is 0, and pad = (K - 2) / 2 unless given.  Written as sums of slices: XLA fuses them into one
 pass, while depthwise convolutions of such short filters (and their gradients) are slow on every backend.  On TPUs they
-are products with matrices instead, which that hardware has for nothing, where slices in steps of two and what is put
-together of them cost as much as the convolutions beside them.
+are products with matrices instead: by their compiler's count, slices in steps of two and what is put together of them
+take twice the time of the convolutions of a block that doubles its image with [1, 3, 3, 1], and the products under half.
 """
 
 from __future__ import annotations
