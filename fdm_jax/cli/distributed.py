@@ -18,6 +18,9 @@ from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError
 
 PATIENCE = 300  # seconds that a process waits for the others to come; JAX's default
 
+# Where a process that ends for what the user can mend says what it is: a key of the service that connects all.
+REFUSAL = "fdm_jax/refusal"
+
 
 def add_distributed_argument(parser: argparse.ArgumentParser) -> None:
     """Add it."""
@@ -49,6 +52,7 @@ def joined(how: str, workdir: Path | None, *, leave_on_sigterm: bool = False) ->
     _initialise(how)
     if leave_on_sigterm:
         signal.signal(signal.SIGTERM, _leave)
+    others = _Others()
     try:
         share_compile_cache(workdir)
         _connect()
@@ -59,10 +63,13 @@ def joined(how: str, workdir: Path | None, *, leave_on_sigterm: bool = False) ->
         raise
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() > 1 and lost_another(error):
+            others.end_if_refused()
             raise ProcessLost(error) from error
         raise
     else:
         jax.distributed.shutdown()
+    finally:
+        others.forget()
 
 
 def _connect() -> None:
@@ -86,21 +93,77 @@ def _leave(number: int, frame: Any) -> None:
     os._exit(RESTART_CODE)  # at once: the others may never come to where processes part
 
 
-def leave_together(seconds: float = 30) -> None:
+class _Others:
+    """Listens, beside the work, for another process that ends for what the user can mend, such as a damaged image.
+
+    This one could only wait for its part of the next sum, and take it for lost; and who started them would start them
+    again.  So it ends with the same code.
+    """
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._refused = threading.Event()
+        self._listening = threading.Thread(target=self._listen, daemon=True)
+        self._listening.start()
+
+    def forget(self) -> None:
+        """This process ends by itself."""
+        self._ended.set()
+
+    def end_if_refused(self) -> None:
+        """Do not return if another process has ended so."""
+        if self._refused.is_set():
+            self._listening.join()
+
+    def _listen(self) -> None:
+        import jax
+
+        service, sentence = _service(), ""
+        while not sentence:
+            if self._ended.wait(2):
+                return
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is no such key, or no service any more
+                sentence = service.key_value_try_get(REFUSAL)
+        self._refused.set()
+        if self._ended.wait(10):  # what all find, each says by itself
+            return
+        print(f"fdm: {sentence}", file=sys.stderr, flush=True)
+        _part(30)
+        os._exit(2)
+
+
+def leave_together(sentence: str, seconds: float = 30) -> None:
     """Before an end for what the user can mend, which as a rule all processes find: wait until they end too.
 
     The first one holds the service that connects them, and those that have not said yet what is wrong would be aborted
     when it is gone.
 
     Args:
-      seconds: to wait at most: one may have found alone what is wrong.
+      sentence: what is wrong, for those that do not find it.
+      seconds: to wait at most.
     """
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():
         return
+    _part(seconds, f"process {jax.process_index()} has ended: {sentence}")
+
+
+def _service() -> Any:
+    """What connects the processes, and keeps a few words for all of them."""
+    # No public name leads to it; Orbax takes this one too, of all releases from 0.7.2 to 0.12.
+    from jax._src.distributed import global_state
+
+    return global_state.client
+
+
+def _part(seconds: float, refusal: str | None = None) -> None:
+    """From the other processes, as soon as they do likewise, or after so many seconds."""
+    import jax
 
     def part() -> None:
         with contextlib.suppress(RuntimeError):  # the others are gone already
+            if refusal is not None:
+                _service().key_value_set(REFUSAL, refusal, allow_overwrite=True)
             jax.distributed.shutdown()
 
     parting = threading.Thread(target=part, daemon=True)

@@ -108,7 +108,8 @@ def main(argv: Sequence[str]) -> int:
             sentence = f"Memory is full ({said}): {_less_memory(args)}. Nothing already saved is lost."
         else:
             raise
-    print(f"fdm {args.command}: {sentence}", file=sys.stderr)
+    print(f"fdm {args.command}: {sentence}", file=sys.stderr, flush=True)
+    leave_together(sentence)
     return 2
 
 
@@ -138,8 +139,6 @@ def entry_point() -> None:
         if not (_unread(sys.stdout) or _unread(sys.stderr)):
             raise
         code = 128 + signal.SIGPIPE  # what read the output has ended, as `head` does: nobody is left to be told
-    if code == 2:
-        leave_together()
     if code:
         # The sentence is said: exit handlers of libraries would only repeat its cause in a page of their own.
         os._exit(code)

@@ -73,7 +73,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         device, num_devices = args.device or "h200", 8 if args.num_devices is None else args.num_devices
     if device not in ACCELERATORS:
-        raise UserError(f"There is no device {device!r}: {nearest(device, ACCELERATORS)}")
+        try:
+            one, count = ahead.accelerator_of(device)
+        except UserError:
+            raise UserError(f"There is no device {device!r}: {nearest(device, ACCELERATORS)}") from None
+        raise UserError(f"--device={device} is {count} devices: give --device={one} --num-devices={count}.")
     need_positive(args, "num_devices")
     if not 0 < args.utilisation <= 1:
         raise UserError(f"--utilisation must be above 0 and at most 1, and is {args.utilisation}.")

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +121,13 @@ def start_all(arguments, processes, devices=1, cache=None, **kwargs):
 
 def finish(processes, codes):
     """Wait for all; what each said."""
-    said = [process.communicate(timeout=300)[0] for process in processes]
+    deadline, said = time.monotonic() + 300, []
+    for process in processes:
+        try:
+            said.append(process.communicate(timeout=max(deadline - time.monotonic(), 0))[0])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said.append(process.communicate()[0])
     assert [process.returncode for process in processes] == codes, said
     return said
 

@@ -197,6 +197,33 @@ def test_what_another_process_lacks(straight_run, data_dir, tmp_path, monkeypatc
     assert words in (said := capsys.readouterr().err) and "says why" in said and not list(tmp_path.iterdir())
 
 
+DAMAGED_FOR_ONE = """
+import sys
+from fdm_jax.data.sources import Subset
+from fdm_jax.errors import UserError
+read, times = Subset.read, []
+def damaged(self, indices):
+    times.append(1)
+    if sys.argv[-1].endswith(",2,REFUSING") and len(times) > 40:
+        raise UserError("Image 17 is damaged.")
+    return read(self, indices)
+Subset.read = damaged
+from fdm_jax.cli.main import entry_point
+entry_point()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refusing", [0, 1])
+def test_process_that_ends_alone_for_what_the_user_can_mend(data_dir, tmp_path, refusing):
+    """The other one, which knows nothing of it, ends likewise: after 75 a scheduler would start both again."""
+    arguments = tiny.arguments(tmp_path / "run", data_dir, "--config.data.max_images=1000", ENDLESS)
+    program = ("-c", DAMAGED_FOR_ONE.replace("REFUSING", str(refusing)))
+    said = finish(start_all(arguments, 2, program=program), [2, 2])
+    assert said[refusing].endswith("fdm train: Image 17 is damaged.\n")
+    assert said[1 - refusing].endswith(f"fdm: process {refusing} has ended: Image 17 is damaged.\n")
+
+
 def test_different_commands_in_two_processes(data_dir, tmp_path):
     """One would save where the other does not, and wait for it; its paths and threads are each one's own affair."""
     free = [data_dir, "--config.data.threads=1HOST", "--config.data.cache_mb=10HOST"]

@@ -131,6 +131,8 @@ def test_command(capsys):
     assert json.loads(capsys.readouterr().out)["assumed_price"] == 2.5
     for wrong, sentence in (
         ("--device=h20", "did you mean 'h200'?"),
+        ("--device=v5e-16", "--device=v5e-16 is 16 devices: give --device=tpu-v5e --num-devices=16."),
+        ("--device=8xh100", "--device=8xh100 is 8 devices: give --device=h100 --num-devices=8."),
         ("--num-devices=0", "--num-devices must be 1 or more, and is 0."),
         ("--price=-1", "--price must be US dollars above 0 per device and hour, and is -1.0."),
         ("--price=nan", "--price must be US dollars above 0 per device and hour, and is nan."),
