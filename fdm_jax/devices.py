@@ -6,8 +6,9 @@ these functions with the same arguments, as it runs the same programs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import collections
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +16,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "batch"
+
+# Platforms whose devices are the host's own processor.
+ON_HOST = ("cpu",)
+
+T = TypeVar("T")
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -57,6 +63,19 @@ def in_batches(size: int, *arrays: np.ndarray) -> Iterator[tuple[int, list[np.nd
         parts = [array[start : start + size] for array in arrays]
         rows = len(parts[0])
         yield rows, [np.pad(part, [(0, size - rows)] + [(0, 0)] * (part.ndim - 1), mode="edge") for part in parts]
+
+
+def sent_ahead(sent: Iterable[T], mesh: Mesh) -> Iterator[T]:
+    """What is sent to the devices, each item when the next one has been sent: they work while the host deals with the last.
+
+    On CPUs, where both are one, each item by itself: two at once would only take twice the memory.
+    """
+    waiting: collections.deque[T] = collections.deque()
+    for item in sent:
+        waiting.append(item)
+        if len(waiting) > (mesh.devices.flat[0].platform not in ON_HOST):
+            yield waiting.popleft()
+    yield from waiting
 
 
 def one_copy_per_process(tree: Any) -> Any:

@@ -244,7 +244,11 @@ def test_golden_uint8(golden):
         np.testing.assert_array_equal(to_uint8(jnp.asarray(data["uint8/in"])), data["uint8/out"])
 
 
-def test_images_that_are_no_numbers_are_named_and_not_made_black():
+@pytest.mark.parametrize("on_host", [("cpu",), ()])
+def test_images_that_are_no_numbers_are_named_and_not_made_black(monkeypatch, on_host):
+    """Also where the next batch is on its way, as on accelerators."""
+    monkeypatch.setattr("fdm_jax.devices.ON_HOST", on_host)
+
     def generate(variables, seeds, labels):
         x = jnp.where(seeds >= 10, jnp.nan, jnp.where(seeds == 3, jnp.inf, 0.5))
         return jnp.broadcast_to(x[:, None, None, None], (len(seeds), 2, 2, 1))

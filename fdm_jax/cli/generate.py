@@ -110,13 +110,13 @@ def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
         batches = [
             missing[start : start + generator.batch_size] for start in range(0, len(missing), generator.batch_size)
         ]
-        done = len(seeds) - len(missing)
+        ours = np.concatenate([missing[:0], *batches[jax.process_index() :: jax.process_count()]])
+        done, names = len(seeds) - len(missing), iter(seeds[ours])
         with tqdm(total=len(seeds), initial=done, unit="img", disable=None if first else True) as bar:
-            for ours in batches[jax.process_index() :: jax.process_count()]:
-                for images in generator(sampler.variables, seeds[ours], labels[ours]):
-                    for seed, image in zip(seeds[ours], images, strict=True):
-                        out.put(int(seed), image)
-                    bar.update(min(len(images) * jax.process_count(), len(seeds) - bar.n))  # the others are as far
+            for images in generator(sampler.variables, seeds[ours], labels[ours]):
+                for image in images:
+                    out.put(int(next(names)), image)
+                bar.update(min(len(images) * jax.process_count(), len(seeds) - bar.n))  # the others are as far
     wait_for_all("all images are there")
     # The others wait: JAX would end all of them if the first one took more than five minutes to part from them.
     with all_or_none(f"The first process cannot write {args.out}, and says why."):

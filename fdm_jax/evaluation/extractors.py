@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdm_jax.devices import fetch, in_batches, put, replicated, sharded
+from fdm_jax.devices import fetch, in_batches, put, replicated, sent_ahead, sharded
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.evaluation.weights import sha256
 
@@ -112,15 +112,18 @@ class FeatureMaker:
     def __init__(self, extractor: Extractor, mesh: jax.sharding.Mesh, batch_size: int):
         rows, whole = sharded(mesh), replicated(mesh)
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._rows = rows
+        self._mesh, self._rows = mesh, rows
         self._variables = put(extractor.variables, whole)
         self._apply = jax.jit(extractor.apply, in_shardings=(whole, rows), out_shardings=rows)
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """uint8 [N, H, W, C] -> features float32 [N, D], and logits [N, K] if the extractor has them."""
         features, logits = [], []
-        for rows, (part,) in in_batches(self.batch_size, images):
-            of_part, logits_of_part = self._apply(self._variables, put(part, self._rows))
+        sent = (
+            (rows, self._apply(self._variables, put(part, self._rows)))
+            for rows, (part,) in in_batches(self.batch_size, images)
+        )
+        for rows, (of_part, logits_of_part) in sent_ahead(sent, self._mesh):
             features.append(fetch(of_part).astype(np.float32)[:rows])
             if logits_of_part is not None:
                 logits.append(fetch(logits_of_part).astype(np.float32)[:rows])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdm_jax.denoiser import DenoiseFn, make_denoise_fn
-from fdm_jax.devices import fetch, in_batches, put, replicated, sharded
+from fdm_jax.devices import fetch, in_batches, put, replicated, sent_ahead, sharded
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.families import Family
 from fdm_jax.sampling.edm import Churn
@@ -179,7 +179,7 @@ class BatchedGenerator:
     def __init__(self, generate: GenerateFn, mesh: jax.sharding.Mesh, batch_size: int, quantise: bool = True):
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._rows, self._whole = rows, whole = sharded(mesh), replicated(mesh)
-        self._quantise = quantise
+        self._mesh, self._quantise = mesh, quantise
 
         def finished(variables: Any, seeds: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
             x = generate(variables, seeds, labels)
@@ -198,8 +198,12 @@ class BatchedGenerator:
         if seeds.shape != labels.shape:
             raise UserError(f"Every seed needs a label, and there are {len(seeds)} seeds and {len(labels)} labels.")
         variables = put(variables, self._whole)
-        for count, part in in_batches(self.batch_size, seeds, labels):
-            images, finite = (fetch(a)[:count] for a in self._generate(variables, *put(part, self._rows)))
+        sent = (
+            (part[0][:count], self._generate(variables, *put(part, self._rows)))
+            for count, part in in_batches(self.batch_size, seeds, labels)
+        )
+        for new, made in sent_ahead(sent, self._mesh):
+            images, finite = (fetch(a)[: len(new)] for a in made)
             if self._quantise:
-                check_finite(part[0][:count], finite)
+                check_finite(new, finite)
             yield images
