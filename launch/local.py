@@ -17,7 +17,9 @@ Lines of the first process appear as they are, those of process I with [I] in fr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import random
 import shlex
 import signal
 import socket
@@ -132,10 +134,12 @@ def environment(index: int, args: argparse.Namespace) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket() as tried:
-        tried.bind(("localhost", 0))
-        return tried.getsockname()[1]
+    """A port that nobody uses just now; below those that connections get, or one might get it before it is used here."""
+    for port in random.sample(range(20_000, 32_768), 100):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("", port))
+            return port
+    raise Refusal("No free port was found from 20000 to 32767: give one with --port.")
 
 
 class Group:

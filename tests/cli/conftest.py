@@ -1,8 +1,10 @@
 """Running the program, here and as a process of its own."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -100,6 +102,15 @@ def start(arguments, devices=1, program=("-m", "fdm_jax"), cache=None, **kwargs)
     )  # fmt: skip
 
 
+def free_port():
+    """Below those that connections get: there one may take it in the seconds before the first process listens."""
+    for port in random.sample(range(20_000, 32_768), 100):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("", port))
+            return port
+    raise AssertionError("there is no free port")
+
+
 def start_all(arguments, processes, devices=1, cache=None, **kwargs):
     """The program as so many processes of so many devices each, which find each other.
 
@@ -107,9 +118,7 @@ def start_all(arguments, processes, devices=1, cache=None, **kwargs):
     """
     if processes == 1:
         return [start(arguments, devices, cache=cache, **kwargs)]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     each = [
         [*(a.replace("HOST", str(i)) for a in arguments), f"--distributed={address},{processes},{i}"]
         for i in range(processes)
