@@ -119,7 +119,7 @@ folder.mkdir(parents=True, exist_ok=True)
 shutil.copy(os.environ["STAGE"] + "/bin/worker_fdm", folder / "fdm")
 """
 
-# The run of a worker: saves a checkpoint, then does the next of the deeds in the file "deeds" (one per start).
+# The run of a worker: saves a checkpoint, as a rule, then does the next of the deeds in the file "deeds" (one per start).
 FDM = r"""
 import json, os, pathlib, signal, sys, time
 stage, home = pathlib.Path(os.environ["STAGE"]), pathlib.Path(os.environ["HOME"])
@@ -136,7 +136,7 @@ deeds = json.loads((stage / "deeds.json").read_text())
 deed = deeds[min(start, len(deeds)) - 1]
 first = home.name == "worker-0"
 checkpoints = stage / "bucket" / "run" / "checkpoints"
-if first and deed != "stuck":
+if first and deed not in ("stuck", "one crashes"):
     (checkpoints / str(start)).mkdir(parents=True, exist_ok=True)
 print(f"start {start} of {home.name}: {deed}", flush=True)
 if deed == "preempted":
