@@ -132,6 +132,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_checkpoint_that_one_process_cannot_read(straight_run, data_dir, tmp_path):
     """All go on from the one before; each from its own, they would wait for each other, or add up two runs."""
     workdir = shutil.copytree(straight_run, tmp_path / "run")

@@ -299,6 +299,7 @@ def test_preemption(pod, late):
     assert "`tpu.py delete` gives it back" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_slice_in_repair_is_waited_for(pod):
     """However long it takes; its workers are there again as after a reboot, and the run goes on."""
     done = pod.train("--poll=0.05", deeds=["repaired", "done"])
@@ -341,6 +342,7 @@ def test_a_slice_that_is_not_granted(pod):
     assert done.returncode == 0 and len(pod.called("create")) == 3
 
 
+@pytest.mark.slow
 def test_gcloud_may_fail_now_and_then_in_a_long_wait(pod):
     (pod.folder / "plays.json").write_text(json.dumps([["no answer", "WAITING_FOR_RESOURCES"] * 12 + ["ACTIVE"]]))
     done = pod.train("--poll=0", deeds=["done"])
