@@ -139,8 +139,12 @@ def entry_point() -> None:
         if not (_unread(sys.stdout) or _unread(sys.stderr)):
             raise
         code = 128 + signal.SIGPIPE  # what read the output has ended, as `head` does: nobody is left to be told
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # as Python does
+        code = 1
     if code:
-        # The sentence is said: exit handlers of libraries would only repeat its cause in a page of their own.
+        # The sentence is said: exit handlers of libraries would only repeat its cause in a page of their own, and wait for
+        # other processes that wait for this one.
         os._exit(code)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,17 @@ class Checkpoints:
         """Wait until what was started is written; raises what went wrong."""
         self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Wait, and give the background threads back."""
+    def close(self, seconds: float | None = None) -> None:
+        """Wait, for so many seconds at most, and give the background threads back; raises what went wrong."""
+        closing = ThreadPoolExecutor(1)
+        closed = closing.submit(self._close)
+        closing.shutdown(wait=False)  # takes nothing more
+        if wait([closed], seconds).done:
+            closed.result()
+        else:
+            log.warning("A checkpoint is not complete after %g s, and is left so; those before it stay.", seconds)
+
+    def _close(self) -> None:
         self._manager.close()
         self._arrays.close()
 

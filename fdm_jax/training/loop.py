@@ -36,6 +36,9 @@ from fdm_jax.whole_files import write_text
 # Programs sent to the devices before the metrics of the first are waited for: keeps them busy, bounds the queue.
 PROGRAMS_IN_FLIGHT = 4
 
+# Seconds that a process that ends before the others gives a checkpoint: on CPUs they take it for lost after 30.
+PATIENCE = 15
+
 # Where steps are never sent as one program: to launch one costs a CPU little, and in a program's loop its gradients of
 # convolutions take 20 to 45 times as long (see fdm_jax.training.step).
 ONE_BY_ONE = ("cpu",)
@@ -140,7 +143,8 @@ class _Run:
     def train(self, watch: Callable[[int], None] | None = None) -> bool:
         self._begin()
         with stop_requests() as stop, self._closing() as closing:
-            for each in (self.checkpoints, self.batches, self.progress, self.writers):
+            closing.push(self._close_checkpoints)
+            for each in (self.batches, self.progress, self.writers):
                 if each is not None:
                     closing.callback(each.close)
             stopping, programs = not self._make_up(stop), 0
@@ -278,6 +282,12 @@ class _Run:
                 if jax.process_count() > 1:
                     stack.pop_all()
                 raise
+
+    def _close_checkpoints(self, kind: type[BaseException] | None, *error: Any) -> None:
+        # Where this process alone ends, the others do not know it yet: they wait for its part of the next step, and what
+        # they still have to do for a checkpoint may wait with them.
+        alone = kind is not None and jax.process_count() > 1
+        self.checkpoints.close(PATIENCE if alone else None)
 
     def _unused(self) -> int:
         """Batches that are on the devices before their time."""

@@ -214,12 +214,22 @@ entry_point()
 """
 
 
+SAVES_FOR_EVER = """
+import time
+import orbax.checkpoint
+orbax.checkpoint.CheckpointManager.close = lambda manager: time.sleep(1000)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("refusing", [0, 1])
-def test_process_that_ends_alone_for_what_the_user_can_mend(data_dir, tmp_path, refusing):
-    """The other one, which knows nothing of it, ends likewise: after 75 a scheduler would start both again."""
+@pytest.mark.parametrize("refusing, before", [(0, ""), (1, ""), (0, SAVES_FOR_EVER)], ids=["first", "second", "saving"])
+def test_process_that_ends_alone_for_what_the_user_can_mend(data_dir, tmp_path, refusing, before):
+    """The other one, which knows nothing of it, ends likewise: after 75 a scheduler would start both again.
+
+    A checkpoint that is being written may need the other one for ever, which waits for a step (seen on busy machines).
+    """
     arguments = tiny.arguments(tmp_path / "run", data_dir, "--config.data.max_images=1000", ENDLESS)
-    program = ("-c", DAMAGED_FOR_ONE.replace("REFUSING", str(refusing)))
+    program = ("-c", before + DAMAGED_FOR_ONE.replace("REFUSING", str(refusing)))
     said = finish(start_all(arguments, 2, program=program), [2, 2])
     assert said[refusing].endswith("fdm train: Image 17 is damaged.\n")
     assert said[1 - refusing].endswith(f"fdm: process {refusing} has ended: Image 17 is damaged.\n")
