@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fdm_jax.cli.compile_cache import share_compile_cache
-from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError
+from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError, lost_another
 
 PATIENCE = 300  # seconds that a process waits for the others to come; JAX's default
 
@@ -61,7 +61,9 @@ def joined(how: str, workdir: Path | None, *, leave_on_sigterm: bool = False) ->
         if not isinstance(error, ProcessLost):
             jax.distributed.shutdown()  # waits for the others, which would else miss the first one and be ended for it
         raise
-    except jax.errors.JaxRuntimeError as error:
+    except UserError:
+        raise
+    except Exception as error:
         if jax.process_count() > 1 and lost_another(error):
             others.end_if_refused()
             raise ProcessLost(error) from error
@@ -187,12 +189,6 @@ class ProcessLost(RestartNeeded):
             f"another process was lost ({reason}): start all of them again with the same command, to go on from the newest "
             "checkpoint."
         )
-
-
-def lost_another(error: Exception) -> bool:
-    """Whether an error of JAX's runtime is one of communication; those of memory, arguments and code are not."""
-    own = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION: Buffer")
-    return not str(error).startswith(own)
 
 
 def _check_free(how: str, port: int) -> None:

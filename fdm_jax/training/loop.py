@@ -18,7 +18,7 @@ from fdm_jax.data.pipeline import Batches, make_batches
 from fdm_jax.data.sources import Source
 from fdm_jax.defaults import to_json
 from fdm_jax.devices import make_mesh, put, replicated
-from fdm_jax.errors import RestartNeeded, UserError
+from fdm_jax.errors import RestartNeeded, UserError, lost_another
 from fdm_jax.experiment import Experiment
 from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
@@ -278,8 +278,8 @@ class _Run:
         with contextlib.ExitStack() as stack:
             try:
                 yield stack
-            except jax.errors.JaxRuntimeError:
-                if jax.process_count() > 1:
+            except Exception as error:
+                if jax.process_count() > 1 and lost_another(error):
                     stack.pop_all()
                 raise
 
