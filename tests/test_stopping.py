@@ -6,9 +6,12 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from fdm_jax.training import stopping
+from fdm_jax.training.checkpoints import Checkpoints
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
@@ -92,3 +95,14 @@ def test_the_second_signal_acts_as_usual(handled_by):
         assert stop.after(1) and stop.signals == ["SIGINT"]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_only_the_loop_asks_whether_to_stop(tmp_path, monkeypatch):
+    """Orbax would ask JAX's service with numbers of its own, after which no process comes to where all should stop."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_latest=1)
+    checkpoints.save_model(7, {"params": {"kernel": np.ones(2, np.float32)}}, {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [7] and asked == []
+    checkpoints.close()

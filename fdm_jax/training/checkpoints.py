@@ -56,6 +56,18 @@ class _Unreadable(Exception):
     """A checkpoint that cannot be read; the message says why."""
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but that it does not ask whether the run is to stop.
+
+    JAX's service takes the number in the last question for the place where this process is, and stops all at the next
+    one.  Orbax asks with the step, also from the thread that ends a save; the loop counts from its start (see
+    ``fdm_jax.training.stopping``), and of a run that went on would come to such a number late or never.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of a run, by optimiser step.
 
@@ -87,7 +99,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("model", "train", "meta"))
+        self._manager = _Manager(self._directory, options=options, item_names=("model", "train", "meta"))
         self._arrays = ocp.StandardCheckpointHandler()
 
     def steps(self) -> list[int]:

@@ -214,6 +214,31 @@ entry_point()
 """
 
 
+STOPPED_AT_A_SAVE = """
+import os, signal, sys, time
+from fdm_jax.training.checkpoints import Checkpoints
+save = Checkpoints.save
+def stopped(self, step, *rest):
+    save(self, step, *rest)
+    self.wait()
+    if step == 12 and sys.argv[-1].endswith(",2,1"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(4)  # until all know of it
+Checkpoints.save = stopped
+from fdm_jax.cli.main import entry_point
+entry_point()
+"""
+
+
+@pytest.mark.slow
+def test_told_to_end_right_after_a_save_in_a_run_that_went_on(data_dir, tmp_path):
+    """The last to have asked JAX's service for the step to stop at was Orbax, with a number of its own."""
+    arguments = tiny.arguments(tmp_path / "run", data_dir, "--config.checkpoint.every_images=64")
+    assert main([*arguments, "--config.train.images=128"]) == 0
+    said = finish(start_all([*arguments, ENDLESS], 2, program=("-c", STOPPED_AT_A_SAVE)), [RESTART_CODE] * 2)
+    assert "at step 13, saved" in said[0]
+
+
 SAVES_FOR_EVER = """
 import time
 import orbax.checkpoint
