@@ -23,10 +23,10 @@ _SECONDS_BETWEEN_TRIES = 10.0
 
 
 class Stop:
-    """Whether to end the run, asked after every step.
+    """Whether to end the run, asked after every program that is sent: a step, or several.
 
     Of several processes, each one's SIGTERM (or Ctrl-C) is told to the others by JAX's coordination service, which also
-    chooses the step, a few ahead, after which all of them stop.
+    chooses the program, a few ahead, after which all of them stop.
 
     Attributes:
       signals: names of those that came to this process and that it handles itself.
@@ -36,10 +36,16 @@ class Stop:
         self.signals = signals
         self._many = jax.distributed.is_initialized()
 
-    def after(self, step: int) -> bool:
-        """Whether the run ends after this step: alike in every process.  For each step in turn, once or more."""
+    def after(self, programs: int) -> bool:
+        """Whether the run ends here: alike in every process.
+
+        Args:
+          programs: how many this start has sent, from 1; asked for each in turn, once or more.  JAX's service stops all
+            at the number after the highest that any of them asked for last, and takes 0 before the first: steps would
+            not do, as a run goes on from any, and in leaps.  So nothing else may ask it.
+        """
         if self._many:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(programs)
         return bool(self.signals)
 
     def now(self) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import time
 import zipfile
 
 import jax.numpy as jnp
@@ -229,6 +230,25 @@ def test_writes_that_a_failed_save_leaves_behind_are_not_reported(monkeypatch):
     Failing(echo.value)
     Failing(RuntimeError("another one"))
     assert reported == ["another one"]
+
+
+FAULT_OF_OURS = """
+import threading, time
+from fdm_jax.cli import main
+def fail(argv):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise KeyError("a fault of ours")
+main.main = fail
+main.entry_point()
+"""
+
+
+def test_a_fault_of_ours_ends_the_program_at_once():
+    """With its traceback, and though a thread, such as one that saves, may wait for other processes."""
+    began = time.monotonic()
+    ended = tiny.run_script(FAULT_OF_OURS)
+    assert ended.returncode == 1 and time.monotonic() - began < 30
+    assert ended.stderr.startswith("Traceback") and ended.stderr.endswith("KeyError: 'a fault of ours'\n")
 
 
 @pytest.mark.parametrize(
