@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -24,6 +24,13 @@ class RestartNeeded(RuntimeError):
     """
 
 
+def with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it, which led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 # Types of errors from JAX's runtime.  They are not named by JAX's own names, so that short commands need not import JAX.
 _RUNTIME = ("JaxRuntimeError", "XlaRuntimeError")
 
@@ -31,25 +38,25 @@ _RUNTIME = ("JaxRuntimeError", "XlaRuntimeError")
 def lost_another(error: BaseException | None) -> bool:
     """Whether an error, or one behind it, is of communication with another process, and not of memory, arguments or code."""
     own = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION: Buffer")
-    while error is not None:
-        text = str(error)
-        if type(error).__name__ in _RUNTIME:
+    for each in with_causes(error):
+        text = str(each)
+        if type(each).__name__ in _RUNTIME:
             return not text.startswith(own)
-        if isinstance(error, ValueError) and "Gloo" in text:  # what jax 0.7 makes of it where a program is launched
+        if isinstance(each, ValueError) and "Gloo" in text:  # what jax 0.7 makes of it where a program is launched
             return True
-        error = error.__cause__ or error.__context__
     return False
 
 
 def memory_full(error: BaseException | None) -> str | None:
     """What was said of it, if an error or one behind it is that memory is full: a device's, or the machine's."""
-    while error is not None:
-        text = str(error)
-        if type(error).__name__ in _RUNTIME and "RESOURCE_EXHAUSTED:" in text:
+    for each in with_causes(error):
+        text = str(each)
+        if type(each).__name__ in _RUNTIME and "RESOURCE_EXHAUSTED:" in text:
             return text.split("RESOURCE_EXHAUSTED:")[-1].strip().partition("\n")[0].rstrip(".")
-        if isinstance(error, MemoryError):
+        if isinstance(each, MemoryError):
             return text.rstrip(".") or "the machine gives no more"
-        error = error.__cause__ or error.__context__
+        if (said := "Cannot allocate memory") in text:  # the system's words, where it starts no other process, say
+            return said
     return None
 
 

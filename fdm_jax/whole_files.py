@@ -12,6 +12,7 @@ import errno
 import fcntl
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fdm_jax.errors import UserError
+from fdm_jax.errors import UserError, with_causes
 
 _REMOTE = "gs://"
 
@@ -83,10 +84,10 @@ def resolved(path: Path) -> Path:
 
 def refusal(error: BaseException | None) -> str | None:
     """A sentence if an error, or one behind it, is that Google Cloud Storage lets nobody in or finds nothing."""
-    while error is not None:
-        kind, text = type(error), " ".join(str(error).split())[:300]
+    for each in with_causes(error):
+        kind, text = type(each), " ".join(str(each).split())[:300]
         if kind.__module__.startswith("google.auth.") or (
-            kind.__name__ == "HttpError" and getattr(error, "code", 0) == 401
+            kind.__name__ == "HttpError" and getattr(each, "code", 0) == 401
         ):
             return (
                 f"Google Cloud Storage does not know who asks ({text}): do `gcloud auth application-default login`, or "
@@ -98,7 +99,6 @@ def refusal(error: BaseException | None) -> str | None:
             or kind.__name__ == "Forbidden"
         ):
             return f"Google Cloud Storage does not allow it ({text}): ask the owner of the bucket for the right."
-        error = error.__cause__ or error.__context__
     return None
 
 
@@ -106,14 +106,32 @@ def refusal(error: BaseException | None) -> str | None:
 
 
 def disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one behind it, says that a disk is full.  Libraries in C++ only say so in words."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if os.strerror(errno.ENOSPC) in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    """Whether an error, or one behind it, says that a disk, or the user's quota of it, is full."""
+    return any(
+        (isinstance(each, OSError) and each.errno == number) or os.strerror(number) in str(each)  # C++ says it in words
+        for each in with_causes(error)
+        for number in (errno.ENOSPC, errno.EDQUOT)
+    )
+
+
+_RIGHTS, _OPEN = "give the right to it, or another place", "let more files be open (`ulimit -n`)"
+# What somebody has to mend, and how; and what may pass by itself, as a file server's troubles do.
+_TO_MEND = {errno.EACCES: _RIGHTS, errno.EPERM: _RIGHTS, errno.EROFS: _RIGHTS, errno.EMFILE: _OPEN, errno.ENFILE: _OPEN}
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
+
+
+def file_trouble(error: BaseException | None) -> tuple[str, bool] | None:
+    """If an error, or one behind it, is that the system does not give a local file: (a sentence, whether it may pass)."""
+    for each in with_causes(error):
+        name, number = None, None
+        if isinstance(each, OSError):
+            name, number = each.filename, each.errno
+        elif said := re.search(r'local file "([^"]+)"', str(each)):  # TensorStore, which has no numbers
+            name, number = said[1], next((n for n in (*_TO_MEND, *_PASSING) if os.strerror(n) in str(each)), None)
+        if number in _TO_MEND or number in _PASSING:
+            remedy = _TO_MEND.get(number, "wait until its disk, or the network to it, works again")
+            return f"{name or 'A file'} cannot be used ({os.strerror(number)}): {remedy}", number in _PASSING
+    return None
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -141,13 +159,13 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """The same; the folder is made.
 
     Raises:
-      UserError: it cannot be written; a full disk is left to the command line, which has a sentence for it.
+      UserError: it cannot be written; a full or failing disk is left to the command line, which has a sentence for it.
     """
     try:
         make_folder(path.parent)
         replace_file(path, write)
     except OSError as error:
-        if disk_full(error):
+        if disk_full(error) or (file_trouble(error) or ("", False))[1]:
             raise
         raise UserError(f"{path} cannot be written: {error.strerror or refusal(error) or error}.") from error
 

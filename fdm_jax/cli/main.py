@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import keyword
 import os
@@ -20,7 +21,7 @@ from fdm_jax.cli.distributed import leave_together
 from fdm_jax.cli.places import check_local
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError, memory_full
 from fdm_jax.host_memory import keep_freed_memory
-from fdm_jax.whole_files import disk_full, refusal
+from fdm_jax.whole_files import disk_full, file_trouble, refusal
 from fdm_jax.xla_flags import avoid_slow_convolutions
 
 COMMANDS = (
@@ -78,7 +79,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command; returns its exit code: 0, 2 for what the user can mend, 75 for "start me again", or 130 after Ctrl-C."""
+    """Run a command.
+
+    Returns:
+      its exit code: 0, 2 for what the user can mend, 75 for "start me again", 130 after Ctrl-C, or 1 where a disk or the
+      network to it fails.
+    """
     args = parse(argv)
     try:
         check_local(args)
@@ -90,27 +96,39 @@ def main(argv: Sequence[str]) -> int:
         with compile_cache():
             return args.run(args)
     except UserError as error:
-        sentence = str(error)
+        sentence, code = str(error), 2
     except RestartNeeded as error:
-        print(f"fdm {args.command}: {error}", file=sys.stderr)
-        return RESTART_CODE
+        sentence, code = str(error), RESTART_CODE
     except KeyboardInterrupt:
-        print(f"fdm {args.command}: stopped; the same command begins again or goes on.", file=sys.stderr)
-        return 130
+        sentence, code = "stopped; the same command begins again or goes on.", 130
     except Exception as error:
-        if disk_full(error):
-            sentence = (
-                "The disk is full: nothing already saved is lost; make room and give the same command again to go on."
-            )
-        elif refused := refusal(error):
-            sentence = refused
-        elif said := memory_full(error):
-            sentence = f"Memory is full ({said}): {_less_memory(args)}. Nothing already saved is lost."
-        else:
+        if (explained := _explained(error, args)) is None:
             raise
-    print(f"fdm {args.command}: {sentence}", file=sys.stderr, flush=True)
-    leave_together(sentence)
-    return 2
+        sentence, code = explained
+    try:
+        print(f"fdm {args.command}: {sentence}", file=sys.stderr, flush=True)
+    finally:
+        if code == 2:
+            leave_together(sentence)
+    return code
+
+
+_GO_ON = "nothing already saved is lost, and the same command goes on."
+
+
+def _explained(error: Exception, args: argparse.Namespace) -> tuple[str, int] | None:
+    """(sentence, exit code) for an error that other libraries make of what is no fault of the program's."""
+    if disk_full(error):
+        return f"The disk, or your quota of it, is full: make room; {_GO_ON}", 2
+    if trouble := file_trouble(error):
+        sentence, may_pass = trouble
+        # Launchers take 1 for a crash, and try again a few times.
+        return f"{sentence}; {_GO_ON}", 1 if may_pass else 2
+    if refused := refusal(error):
+        return refused, 2
+    if said := memory_full(error):
+        return f"Memory is full ({said}): {_less_memory(args)}. Nothing already saved is lost.", 2
+    return None
 
 
 def _less_memory(args: argparse.Namespace) -> str:
@@ -139,9 +157,14 @@ def entry_point() -> None:
         if not (_unread(sys.stdout) or _unread(sys.stderr)):
             raise
         code = 128 + signal.SIGPIPE  # what read the output has ended, as `head` does: nobody is left to be told
-    except Exception:
-        sys.excepthook(*sys.exc_info())  # as Python does
-        code = 1
+    except Exception as error:
+        if disk_full(error):  # that to which it writes what it says
+            code = 2
+            with contextlib.suppress(OSError):
+                print("fdm: The disk to which the output goes is full.", file=sys.stderr, flush=True)
+        else:
+            code = 1
+            sys.excepthook(*sys.exc_info())  # as Python does
     if code:
         # The sentence is said: exit handlers of libraries would only repeat its cause in a page of their own, and wait for
         # other processes that wait for this one.

@@ -1,7 +1,10 @@
 """What a user gets wrong is one sentence on stderr and exit code 2, before anything is compiled or lost."""
 
 import asyncio
+import errno
 import json
+import os
+import subprocess
 import sys
 import time
 import zipfile
@@ -191,20 +194,54 @@ def test_corrupt_zip_is_named(capsys, tmp_path):
     assert "holds no image files" in refused(capsys, arguments)
 
 
-def test_full_disk_is_one_sentence(capsys, monkeypatch, tmp_path, data_dir):
-    """As TensorStore says it: in words, wrapped in errors of other types."""
-    from fdm_jax.training.checkpoints import Checkpoints
+TENSORSTORE = 'Error writing "ema/.zarray" in OCDBT database at local file "/a/b/": Failed to {} [os_error_code=\'{}\']'
 
-    def full(*args):
-        try:
-            raise ValueError('INTERNAL: Error writing "ocdbt": [OS error 28: ENOSPC No space left on device]')
-        except ValueError as error:
-            raise RuntimeError("async save failed") from error
 
-    monkeypatch.setattr(Checkpoints, "save", full)
-    assert "The disk is full: nothing already saved is lost" in refused(
-        capsys, tiny.arguments(tmp_path / "run", data_dir), started=True
-    )
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (
+            ValueError('INTERNAL: Error writing "ocdbt": [OS error 28: ENOSPC No space left on device]'),
+            2, "The disk, or your quota of it, is full: make room; nothing already saved is lost",
+        ),
+        (OSError(errno.EDQUOT, "?"), 2, "your quota of it, is full"),
+        (ValueError("INTERNAL: " + TENSORSTORE.format("write: Disk quota exceeded", 122)), 2, "your quota of it, is full"),
+        (PermissionError(errno.EACCES, "?", "/a/x"), 2, "/a/x cannot be used (Permission denied): give the right to it"),
+        (
+            ValueError("PERMISSION_DENIED: " + TENSORSTORE.format("open: Permission denied", 13)),
+            2, "/a/b/ cannot be used (Permission denied): give the right to it",
+        ),
+        (OSError(errno.EMFILE, "?", "/a/x"), 2, "/a/x cannot be used (Too many open files): let more files be open"),
+        (OSError(errno.EROFS, "?"), 2, "A file cannot be used (Read-only file system)"),
+        (OSError(errno.ESTALE, "?", "/a/x"), 1, "/a/x cannot be used (Stale file handle): wait until its disk, or the"),
+        (
+            ValueError("UNKNOWN: " + TENSORSTORE.format("get file info: Input/output error", 5)),
+            1, "/a/b/ cannot be used (Input/output error): wait until its disk, or the network to it, works again",
+        ),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "Memory is full (Cannot allocate memory)"),
+    ],
+)  # fmt: skip
+def test_trouble_with_files_is_one_sentence(capsys, monkeypatch, error, code, sentence):
+    """As the system says it, or TensorStore of the system, behind another error; what may pass ends as a crash does."""
+
+    def run(args):
+        raise RuntimeError("async save failed") from error
+
+    monkeypatch.setattr("fdm_jax.cli.plan.run", run)
+    assert main(["plan", "--config=configs/edm.py:digits"]) == code
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and sentence in said
+
+
+def test_other_errors_of_files_are_not_hidden(monkeypatch):
+    """Such as a missing file of ours."""
+
+    def run(args):
+        raise FileNotFoundError(errno.ENOENT, "?", "/a/x")
+
+    monkeypatch.setattr("fdm_jax.cli.plan.run", run)
+    with pytest.raises(FileNotFoundError):
+        main(["plan", "--config=configs/edm.py:digits"])
 
 
 def test_writes_that_a_failed_save_leaves_behind_are_not_reported(monkeypatch):
@@ -249,6 +286,16 @@ def test_a_fault_of_ours_ends_the_program_at_once():
     ended = tiny.run_script(FAULT_OF_OURS)
     assert ended.returncode == 1 and time.monotonic() - began < 30
     assert ended.stderr.startswith("Traceback") and ended.stderr.endswith("KeyError: 'a fault of ours'\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no device that is always full")
+def test_output_to_a_full_disk():
+    """A log is often on the same disk: the exit code is left to say it."""
+    plan = [sys.executable, "-m", "fdm_jax", "plan", "--config=configs/edm.py:digits"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([*plan, "--config.seed=x"], stdout=full, stderr=full).returncode == 2
+        ended = subprocess.run(plan, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert ended.returncode == 2 and "is full" in ended.stderr and ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
