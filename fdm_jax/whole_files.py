@@ -8,11 +8,10 @@ renamed, and there are no folders: nothing need be made before it is written int
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import importlib.util
+import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from fdm_jax.errors import UserError, with_causes
+from fdm_jax.errors import UserError
+from fdm_jax.storage_errors import disk_full, file_trouble, refusal
 
 _REMOTE = "gs://"
 
@@ -65,6 +65,8 @@ def place(path: str | os.PathLike[str]) -> Path:
     import fsspec.config
     from etils import epath
 
+    for library in ("fsspec", "gcsfs"):  # they log, with a traceback, what they raise as well
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     # gcsfs remembers what folders hold, and would not see what TensorStore or other processes write.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(text)  # type: ignore[return-value]
@@ -82,56 +84,7 @@ def resolved(path: Path) -> Path:
     return path if is_remote(path) else path.resolve()
 
 
-def refusal(error: BaseException | None) -> str | None:
-    """A sentence if an error, or one behind it, is that Google Cloud Storage lets nobody in or finds nothing."""
-    for each in with_causes(error):
-        kind, text = type(each), " ".join(str(each).split())[:300]
-        if kind.__module__.startswith("google.auth.") or (
-            kind.__name__ == "HttpError" and getattr(each, "code", 0) == 401
-        ):
-            return (
-                f"Google Cloud Storage does not know who asks ({text}): do `gcloud auth application-default login`, or "
-                "give the machine a service account."
-            )
-        if (
-            (kind is OSError and text.startswith("Forbidden"))
-            or "PERMISSION_DENIED" in text
-            or kind.__name__ == "Forbidden"
-        ):
-            return f"Google Cloud Storage does not allow it ({text}): ask the owner of the bucket for the right."
-    return None
-
-
 # --- Files ---
-
-
-def disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one behind it, says that a disk, or the user's quota of it, is full."""
-    return any(
-        (isinstance(each, OSError) and each.errno == number) or os.strerror(number) in str(each)  # C++ says it in words
-        for each in with_causes(error)
-        for number in (errno.ENOSPC, errno.EDQUOT)
-    )
-
-
-_RIGHTS, _OPEN = "give the right to it, or another place", "let more files be open (`ulimit -n`)"
-# What somebody has to mend, and how; and what may pass by itself, as a file server's troubles do.
-_TO_MEND = {errno.EACCES: _RIGHTS, errno.EPERM: _RIGHTS, errno.EROFS: _RIGHTS, errno.EMFILE: _OPEN, errno.ENFILE: _OPEN}
-_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
-
-
-def file_trouble(error: BaseException | None) -> tuple[str, bool] | None:
-    """If an error, or one behind it, is that the system does not give a local file: (a sentence, whether it may pass)."""
-    for each in with_causes(error):
-        name, number = None, None
-        if isinstance(each, OSError):
-            name, number = each.filename, each.errno
-        elif said := re.search(r'local file "([^"]+)"', str(each)):  # TensorStore, which has no numbers
-            name, number = said[1], next((n for n in (*_TO_MEND, *_PASSING) if os.strerror(n) in str(each)), None)
-        if number in _TO_MEND or number in _PASSING:
-            remedy = _TO_MEND.get(number, "wait until its disk, or the network to it, works again")
-            return f"{name or 'A file'} cannot be used ({os.strerror(number)}): {remedy}", number in _PASSING
-    return None
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -165,7 +118,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         make_folder(path.parent)
         replace_file(path, write)
     except OSError as error:
-        if disk_full(error) or (file_trouble(error) or ("", False))[1]:
+        if disk_full(error) or ((trouble := file_trouble(error)) and trouble.may_pass):
             raise
         raise UserError(f"{path} cannot be written: {error.strerror or refusal(error) or error}.") from error
 

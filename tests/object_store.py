@@ -26,11 +26,12 @@ class Store:
       objects: see above; only to be looked at.
       requests: "METHOD path" of every request so far.
       before_upload: called with the name before an object is stored; may raise to lose it, or wait.
+      down: whether all requests are answered with 503.
     """
 
     def __init__(self, *buckets):
         self.buckets, self.objects, self.requests = set(buckets), {}, []
-        self.before_upload = lambda name: None
+        self.before_upload, self.down = (lambda name: None), False
         self.uploads, self._numbers, self.lock = {}, itertools.count(1000), threading.RLock()
         self.url = ""
 
@@ -98,6 +99,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.store.requests.append(f"{self.command} {self.path}")
         match = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)(/o(?:/(.*))?)?", url.path)
         try:
+            if self.store.down:
+                raise Refused(503)
             if url.path == "/batch/storage/v1":
                 return self._batch(body)
             if match is None:

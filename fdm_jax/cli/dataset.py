@@ -115,8 +115,8 @@ def prepare(args: argparse.Namespace) -> int:
     """``fdm dataset prepare``."""
     from fdm_jax.data.prepared import PreparedSource, find_prepared
     from fdm_jax.data.preparing import Request, prepare_dataset
+    from fdm_jax.storage_errors import disk_full
     from fdm_jax.user_dirs import default_data_dir
-    from fdm_jax.whole_files import disk_full
 
     options = ("name", "config", "resolution", "transform", "labels", "channels", "skip_bad", "threads")
     classes = tuple(word.strip() for word in args.classes.split(",")) if args.classes else ()

@@ -33,7 +33,8 @@ from fdm_jax.cli.sampling import (
     make_sampler,
 )
 from fdm_jax.errors import UserError
-from fdm_jax.whole_files import disk_full, write_text
+from fdm_jax.storage_errors import disk_full
+from fdm_jax.whole_files import write_text
 
 HELP = "generate images with a trained model"
 

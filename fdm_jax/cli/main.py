@@ -21,7 +21,7 @@ from fdm_jax.cli.distributed import leave_together
 from fdm_jax.cli.places import check_local
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError, memory_full
 from fdm_jax.host_memory import keep_freed_memory
-from fdm_jax.whole_files import disk_full, file_trouble, refusal
+from fdm_jax.storage_errors import disk_full, file_trouble, refusal
 from fdm_jax.xla_flags import avoid_slow_convolutions
 
 COMMANDS = (
@@ -82,8 +82,8 @@ def main(argv: Sequence[str]) -> int:
     """Run a command.
 
     Returns:
-      its exit code: 0, 2 for what the user can mend, 75 for "start me again", 130 after Ctrl-C, or 1 where a disk or the
-      network to it fails.
+      its exit code: 0, 2 for what the user can mend, 75 for "start me again", 130 after Ctrl-C, or 1 where a disk, or the
+      network to it, fails.
     """
     args = parse(argv)
     try:
@@ -121,9 +121,8 @@ def _explained(error: Exception, args: argparse.Namespace) -> tuple[str, int] | 
     if disk_full(error):
         return f"The disk, or your quota of it, is full: make room; {_GO_ON}", 2
     if trouble := file_trouble(error):
-        sentence, may_pass = trouble
         # Launchers take 1 for a crash, and try again a few times.
-        return f"{sentence}; {_GO_ON}", 1 if may_pass else 2
+        return f"{trouble.sentence}; {_GO_ON}", 1 if trouble.may_pass else 2
     if refused := refusal(error):
         return refused, 2
     if said := memory_full(error):

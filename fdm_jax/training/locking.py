@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fdm_jax.errors import UserError
+from fdm_jax.storage_errors import file_trouble, refusal
 from fdm_jax.training.agreement import all_or_none
-from fdm_jax.whole_files import is_remote, refusal
+from fdm_jax.whole_files import is_remote
 
 # A lock on Google Cloud Storage is written anew so often, and belongs to nobody when it was not for so long (seconds).
 BEAT, STALE = 15.0, 60.0
@@ -177,6 +178,19 @@ class _ObjectLock:
     def release(self) -> None:
         """Remove the lock, unless it is no longer ours."""
         from google.api_core.exceptions import NotFound, PreconditionFailed
+        from google.cloud.storage.retry import DEFAULT_RETRY
 
-        with contextlib.suppress(NotFound, PreconditionFailed):
-            self._bucket.blob(self._name).delete(if_generation_match=self._generation)
+        try:
+            # Not for the usual two minutes: where the storage fails, the run has already waited for it.
+            retry = DEFAULT_RETRY.with_timeout(BEAT)
+            self._bucket.blob(self._name).delete(if_generation_match=self._generation, retry=retry)
+        except (NotFound, PreconditionFailed):
+            pass
+        except Exception as error:
+            if not file_trouble(error):
+                raise
+            print(
+                f"The lock of {self._workdir} could not be removed ({error}): the next start waits {STALE:.0f} s for it.",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -22,6 +22,7 @@ from fdm_jax.errors import RestartNeeded, UserError, lost_another
 from fdm_jax.experiment import Experiment
 from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
+from fdm_jax.storage_errors import file_trouble
 from fdm_jax.training.agreement import check_config, check_data, check_shared
 from fdm_jax.training.checkpoints import Checkpoints
 from fdm_jax.training.evaluating import Evaluator
@@ -283,11 +284,12 @@ class _Run:
                     stack.pop_all()
                 raise
 
-    def _close_checkpoints(self, kind: type[BaseException] | None, *error: Any) -> None:
+    def _close_checkpoints(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         # Where this process alone ends, the others do not know it yet: they wait for its part of the next step, and what
         # they still have to do for a checkpoint may wait with them.
-        alone = kind is not None and jax.process_count() > 1
-        self.checkpoints.close(PATIENCE if alone else None)
+        alone = error is not None and jax.process_count() > 1
+        # Where the storage fails, TensorStore may go on trying for a quarter of an hour.
+        self.checkpoints.close(PATIENCE if alone or file_trouble(error) else None)
 
     def _unused(self) -> int:
         """Batches that are on the devices before their time."""

@@ -88,6 +88,28 @@ def test_run_that_is_killed_stopped_and_damaged(store, straight_run, data_dir, t
 
 
 @pytest.mark.slow
+def test_outage(store, straight_run, data_dir, tmp_path):
+    """One that is longer than the clients try again ends a run, as a crash does, with a sentence; nothing is lost by it."""
+    arguments = tiny.arguments("gs://bucket/outage", data_dir)
+    process = start(arguments, devices=8)
+
+    def fail(name):
+        if name.startswith("outage/checkpoints/8/train/"):
+            store.down = True
+            raise object_store.Refused(503)
+
+    store.before_upload = fail
+    try:
+        said, _ = process.communicate(timeout=400)
+    finally:
+        store.before_upload, store.down = (lambda name: None), False
+    assert process.returncode == 1 and "Traceback" not in said, said
+    assert "fdm train: Google Cloud Storage cannot be reached (" in said.splitlines()[-1]
+    assert main(arguments) == 0
+    assert_same_end(fetch(store, "outage", tmp_path), straight_run, 20)
+
+
+@pytest.mark.slow
 def test_two_processes_that_are_killed(store, straight_run, data_dir, tmp_path):
     """As on a pod that is taken away: the first finds its own old lock, and the other waits as long as it does."""
     store.upload(Path(data_dir.partition("=")[2]), "bucket", "data/")

@@ -6,6 +6,7 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 from cli.conftest import assert_same_end, checkpoint, rows, start
@@ -180,6 +181,20 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(straight_run, data_dir,
     assert (workdir / "checkpoints" / "damaged" / "20").is_dir()
     assert_same_end(workdir, straight_run, 20)
     assert rows(workdir) == rows(straight_run)
+
+
+def test_checkpoint_that_storage_does_not_give_is_not_damaged(straight_run, data_dir, tmp_path, monkeypatch, capsys):
+    """A run that went on from the one before would lose what lies between."""
+    workdir = shutil.copytree(straight_run, tmp_path / "run")
+
+    def restore(self, folder, args):
+        raise ValueError(f'UNKNOWN: Error reading local file "{folder}/manifest": Stale file handle')
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", restore)
+    assert main(tiny.arguments(workdir, data_dir)) == 1
+    said = capsys.readouterr().err
+    assert "checkpoints/20/" in said.splitlines()[-1] and "(Stale file handle): wait" in said.splitlines()[-1]
+    assert (workdir / "checkpoints" / "20").is_dir() and not (workdir / "checkpoints" / "damaged").exists()
 
 
 def test_where_none_can_be_read_none_is_moved(straight_run, data_dir, tmp_path, capsys):
