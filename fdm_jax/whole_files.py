@@ -62,13 +62,17 @@ def place(path: str | os.PathLike[str]) -> Path:
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f'{text} is on Google Cloud Storage, which needs gcsfs: pip install "fdm_jax[gcs]".')
     os.environ.setdefault("EPATH_USE_TF", "false")  # etils would use TensorFlow for gs:// wherever it is installed
+    import aiohttp
     import fsspec.config
     from etils import epath
 
     for library in ("fsspec", "gcsfs"):  # they log, with a traceback, what they raise as well
         logging.getLogger(library).setLevel(logging.CRITICAL)
     # gcsfs remembers what folders hold, and would not see what TensorStore or other processes write.
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    gcs = fsspec.config.conf.setdefault("gcs", {})
+    gcs["use_listings_cache"] = False
+    # It would wait for ever for an answer that a broken network has lost.
+    gcs["requests_timeout"] = aiohttp.ClientTimeout(sock_connect=30, sock_read=60)
     return epath.Path(text)  # type: ignore[return-value]
 
 

@@ -96,7 +96,8 @@ def main(argv: Sequence[str]) -> int:
         with compile_cache():
             return args.run(args)
     except UserError as error:
-        sentence, code = str(error), 2
+        trouble = file_trouble(error)  # behind it
+        sentence, code = str(error), 1 if trouble and trouble.may_pass else 2
     except RestartNeeded as error:
         sentence, code = str(error), RESTART_CODE
     except KeyboardInterrupt:

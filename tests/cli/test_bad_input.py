@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from fdm_jax.cli.main import entry_point, main, parse
+from fdm_jax.errors import UserError
 
 
 def refused(capsys, arguments, started=False):
@@ -231,6 +232,17 @@ def test_trouble_with_files_is_one_sentence(capsys, monkeypatch, error, code, se
     assert main(["plan", "--config=configs/edm.py:digits"]) == code
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and sentence in said
+
+
+def test_own_sentence_about_what_may_pass_ends_as_a_crash(capsys, monkeypatch):
+    """Else launchers would give up where a file server is down for a moment."""
+
+    def run(args):
+        raise UserError("The workdir cannot be written.") from OSError(errno.ESTALE, "?", "/a/x")
+
+    monkeypatch.setattr("fdm_jax.cli.plan.run", run)
+    assert main(["plan", "--config=configs/edm.py:digits"]) == 1
+    assert capsys.readouterr().err == "fdm plan: The workdir cannot be written.\n"
 
 
 def test_other_errors_of_files_are_not_hidden(monkeypatch):
