@@ -238,7 +238,8 @@ class Checkpoints:
         time.  Orbax's manager would have those that could wait for those that could not.
 
         Raises:
-          _Unreadable: in some process, for whatever reason.
+          _Unreadable: in some process; it is damaged, or of other shapes or packages.
+          Exception: memory or the storage does not give it here, and it may be whole; the others then lose this process.
         """
         folder, cause = self._directory / str(step), "another process cannot read it"
         parts: dict[str, Any] | None = None
