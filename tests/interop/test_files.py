@@ -134,7 +134,7 @@ def test_export_onto_a_full_disk_goes_on_as_it_says(imported, tmp_path, capsys, 
     monkeypatch.setattr(files, "write_whole", write_unless_full)
     capsys.readouterr()
     for _ in range(2):
-        assert "same command again" in refused(capsys, "export", f"--workdir={imported}", f"--out={out}")
+        assert "the same command goes on" in refused(capsys, "export", f"--workdir={imported}", f"--out={out}")
     assert main(["export", f"--workdir={imported}", f"--out={out}"]) == 0
     out.unlink()
     (tmp_path / "m.safetensors.json").write_text("of another model")
