@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fdm_jax.errors import UserError
-from fdm_jax.storage_errors import disk_full, file_trouble, refusal
+from fdm_jax.storage_errors import disk_full, refusal
 
 _REMOTE = "gs://"
 
@@ -116,13 +116,13 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """The same; the folder is made.
 
     Raises:
-      UserError: it cannot be written; a full or failing disk is left to the command line, which has a sentence for it.
+      UserError: it cannot be written; a full disk is left to the command line, which has a sentence for it.
     """
     try:
         make_folder(path.parent)
         replace_file(path, write)
     except OSError as error:
-        if disk_full(error) or ((trouble := file_trouble(error)) and trouble.may_pass):
+        if disk_full(error):
             raise
         raise UserError(f"{path} cannot be written: {error.strerror or refusal(error) or error}.") from error
 
