@@ -180,17 +180,16 @@ class _ObjectLock:
         from google.api_core.exceptions import NotFound, PreconditionFailed
         from google.cloud.storage.retry import DEFAULT_RETRY
 
-        try:
-            # Not for the usual two minutes: where the storage fails, the run has already waited for it.
-            retry = DEFAULT_RETRY.with_timeout(BEAT)
-            self._bucket.blob(self._name).delete(if_generation_match=self._generation, retry=retry)
-        except (NotFound, PreconditionFailed):
-            pass
-        except Exception as error:
-            if not file_trouble(error):
-                raise
-            print(
-                f"The lock of {self._workdir} could not be removed ({error}): the next start waits {STALE:.0f} s for it.",
-                file=sys.stderr,
-                flush=True,
-            )
+        # Not for the usual two minutes: where the storage fails, the run has already waited for it.
+        retry = DEFAULT_RETRY.with_timeout(BEAT)
+        with contextlib.suppress(NotFound, PreconditionFailed):  # not ours any more
+            try:
+                self._bucket.blob(self._name).delete(if_generation_match=self._generation, retry=retry)
+            except Exception as error:
+                if not file_trouble(error):
+                    raise
+                print(
+                    f"The lock of {self._workdir} could not be removed ({error}): the next start waits {STALE:.0f} s for it.",
+                    file=sys.stderr,
+                    flush=True,
+                )
