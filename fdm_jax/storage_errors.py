@@ -7,7 +7,7 @@ import os
 import re
 from typing import NamedTuple
 
-from fdm_jax.errors import with_causes
+from fdm_jax.errors import memory_full, with_causes
 
 
 def disk_full(error: BaseException | None) -> bool:
@@ -61,6 +61,12 @@ def file_trouble(error: BaseException | None) -> Trouble | None:
             sentence = f"{name or 'A file'} cannot be used ({os.strerror(number)}): {remedy}"
             return Trouble(sentence, number in _PASSING, number == errno.EIO)
     return None
+
+
+def system_fails(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, is the system's (memory, rights, a file server), so that the file may be sound."""
+    trouble = file_trouble(error)
+    return memory_full(error) is not None or disk_full(error) or (trouble is not None and not trouble.damage)
 
 
 def _bucket_fails(error: BaseException) -> str | None:

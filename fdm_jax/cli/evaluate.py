@@ -208,7 +208,7 @@ def _measured_before(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     try:
         before = json.loads((folder / "result.json").read_text())
         return dict(before["metrics"]) if before["settings"] == json.loads(json.dumps(settings)) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from fdm_jax.cli.sampling import load_with_guide, make_sampler
 from fdm_jax.errors import UserError
+from fdm_jax.storage_errors import system_fails
 from fdm_jax.whole_files import is_remote, resolved
 
 
@@ -116,6 +117,8 @@ def _npz_images(path: Path) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # zlib, zipfile, NumPy: a damaged file makes them raise nearly anything
+        if system_fails(error):
+            raise
         raise UserError(f"{path} is no .npz of images, or damaged ({error}).") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise UserError(

@@ -17,14 +17,16 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     """What the results in a folder depend on, as its ``settings.json`` says; None without one.
 
     Raises:
-      UserError: the file is another program's.
+      UserError: the file is another program's, or cannot be read.
     """
     path = folder / SETTINGS
     if not path.exists():
         return None
     try:
         settings = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+    except ValueError:
         settings = None
     if not isinstance(settings, dict):
         raise UserError(f"{path} is there already and holds no settings of results: give another --out.")

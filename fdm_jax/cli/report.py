@@ -186,7 +186,9 @@ def _read_result(path: Path) -> dict[str, Any]:
         if isinstance(result["metrics"], dict) and isinstance(result["settings"], dict):
             return result
         raise ValueError("it holds no metrics and settings")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"The evaluation {path} cannot be read ({error.strerror or error}).") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"The evaluation {path} cannot be read ({error}): delete it, or measure again.") from error
 
 
@@ -198,7 +200,9 @@ def read_record(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     try:
         return parse_record(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no file of results ({error}).") from error
 
 

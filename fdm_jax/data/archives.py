@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import lzma
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fdm_jax.errors import UserError
+from fdm_jax.storage_errors import system_fails
 
 LABELS_FILE = "dataset.json"
 
@@ -135,7 +135,7 @@ class FolderArchive:
         digest = hashlib.sha256()
         for i, name in enumerate(names):
             digest.update(name.encode(errors="surrogateescape") + b"\0")
-            with contextlib.suppress(OSError):  # one that cannot be read is for others to complain of
+            try:
                 size = (self.path / name).stat().st_size
                 digest.update(b"%d\0" % size)
                 if i % -(-len(names) // MARKED) == 0:
@@ -143,6 +143,10 @@ class FolderArchive:
                         digest.update(file.read(MARKED_BYTES))
                         file.seek(max(size - MARKED_BYTES, 0))
                         digest.update(file.read(MARKED_BYTES))
+            except OSError as error:
+                # One that is missing or damaged is for others to complain of, and always so: the mark stays the same.
+                if system_fails(error):
+                    raise UserError(f"{name} in {self.path} cannot be read ({error.strerror}).") from error
         return digest.hexdigest()
 
 
@@ -187,6 +191,8 @@ class ZipArchive:
             raise UserError(f"{name} is missing from {self.path}.") from error
         except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
             # RuntimeError: the entry is encrypted; or, as NotImplementedError, packed in an unknown way.
+            if isinstance(error, OSError) and error.strerror:  # the system's
+                raise UserError(f"{name} in {self.path} cannot be read ({error.strerror}).") from error
             raise UserError(f"{name} in {self.path} cannot be read ({error}): is the zip damaged?") from error
 
     def mark(self, names: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from fdm_jax.data.raw import RawData, RawSplit
 from fdm_jax.errors import UserError
 from fdm_jax.progress import Progress
+from fdm_jax.storage_errors import system_fails
 from fdm_jax.whole_files import locked
 
 SHARD_BYTES = 2**26  # of pixels; TFDS holds the images of a shard in memory while it writes it
@@ -99,8 +100,8 @@ class LocalImages(tfds.core.ShardBasedBuilder):
                 try:
                     images.append(split.read(i))
                 except UserError as error:
-                    if not self._skip_bad:
-                        raise
+                    if not self._skip_bad or system_fails(error):
+                        raise  # a file server's hiccup, say, makes no picture bad
                     images.append(error)
             return images
 

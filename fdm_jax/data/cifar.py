@@ -82,9 +82,10 @@ def _from_tar(path: Path, wanted: set[str]) -> tuple[dict[str, bytes], str]:
         with path.open("rb") as whole:
             digest = hashlib.file_digest(whole, "sha256").hexdigest()
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, OSError) and error.strerror:  # the system's, and none of gzip's
+            raise UserError(f"{path} cannot be read ({error.strerror}).") from error
         raise UserError(
-            f"{path} cannot be read to its end ({reason.splitlines()[0]}): it is cut short, damaged or no tar file; "
+            f"{path} cannot be read to its end ({str(error).splitlines()[0]}): it is cut short, damaged or no tar file; "
             "copy it again from where you have it."
         ) from error
     return found, digest

@@ -88,6 +88,8 @@ def _read(path: Path, dims: int) -> tuple[np.ndarray, bytes]:
                 raise UserError(f"{path} claims {count:,} bytes: it is not to be trusted, or too large.")
             data = file.read(count + 1)
     except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.strerror:  # the system's, and none of gzip's
+            raise UserError(f"{path} cannot be read ({error.strerror}).") from error
         raise UserError(f"{path} cannot be read to its end ({error}): it is cut short or damaged.") from error
     if len(data) != count:
         raise UserError(

@@ -105,6 +105,8 @@ def decode_picture(data: bytes, where: str, channels: int | None = None) -> np.n
         raise UserError(f"{where} has {_PIL_BITS[image.mode]}-bit pixels: convert it to 8 bits per channel.")
     try:
         image = PIL.ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow parses these data only now
         raise UserError(f"{where} has damaged EXIF data.") from error
     if image.has_transparency_data:
@@ -172,6 +174,8 @@ def _open(data: bytes, where: str) -> PIL.Image.Image:
             image.load()
     except PIL.Image.DecompressionBombError:
         large = True
+    except MemoryError:
+        raise
     except Exception as error:  # damaged files make Pillow raise nearly anything, struct.error included
         raise UserError(f"{where} is not a readable image (it is damaged or of an unknown kind).") from error
     if large:

@@ -14,6 +14,7 @@ from fdm_jax.data import images as image_files
 from fdm_jax.data.archives import LABELS_FILE, Archive
 from fdm_jax.data.labels import Labels, check_classes, find_labels
 from fdm_jax.errors import UserError
+from fdm_jax.storage_errors import system_fails
 
 
 class RawSplit(Protocol):
@@ -122,8 +123,8 @@ class PictureSplit:
         for i in range(len(self)):
             try:
                 return self.read(i).shape
-            except UserError:
-                if not skip_bad:
+            except UserError as error:
+                if not skip_bad or system_fails(error):
                     raise
         raise UserError(f"{self._archive.path} holds no readable picture.")
 

@@ -134,8 +134,8 @@ def save(classifier: Classifier, path: Path) -> None:
     """
     fields = {f.name: getattr(classifier, f.name) for f in dataclasses.fields(classifier) if f.name != "params"}
     tensors = {"/".join(name): np.asarray(value) for name, value in flatten_dict(classifier.params).items()}
-    metadata = {"format": FORMAT, "classifier": json.dumps(fields)}
-    content = safetensors.numpy.save(tensors, metadata)
+    # One entry: safetensors writes several in any order, and the file's checksum stands for the classifier.
+    content = safetensors.numpy.save(tensors, {"classifier": json.dumps({"format": FORMAT} | fields)})
     write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -148,11 +148,11 @@ def load(path: Path) -> Classifier:
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            fields = json.loads(metadata.get("classifier", "{}"))
+            if fields.pop("format", metadata.get("format")) != FORMAT:  # files of early versions have it beside
                 raise UserError(
                     f"{path} (sha256 {sha256(path)}) is no classifier: `fdm evaluate fit-classifier` makes one."
                 )
-            fields = json.loads(metadata["classifier"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error

@@ -17,6 +17,7 @@ from fdm_jax.data.staging import local_copy
 from fdm_jax.errors import UserError
 from fdm_jax.evaluation.extractors import Extractor, open_extractor
 from fdm_jax.evaluation.weights import sha256
+from fdm_jax.storage_errors import system_fails
 from fdm_jax.whole_files import save_npz
 
 
@@ -62,6 +63,8 @@ def load_reference(path: Path) -> Reference:
     except OSError as error:
         raise UserError(f"The statistics {path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # zlib, zipfile, NumPy: a damaged file makes them raise nearly anything
+        if system_fails(error):
+            raise
         raise UserError(
             f"{path} is no file of statistics: `fdm evaluate ref` writes one (.npz with mu and sigma)."
         ) from error

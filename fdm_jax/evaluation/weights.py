@@ -11,6 +11,7 @@ import numpy as np
 
 from fdm_jax.errors import UserError
 from fdm_jax.interop.snapshots import MissingTorch
+from fdm_jax.storage_errors import system_fails
 
 
 def sha256(path: Path) -> str:
@@ -39,6 +40,8 @@ def weights_of(path: Path, what: str) -> Iterator[None]:
     except UserError as error:
         raise UserError(f"{path} is not {what}: {error} (its sha256 is {sha256(path)}).") from error
     except Exception as error:  # torch and safetensors have errors of their own for damaged files
+        if system_fails(error):
+            raise
         reason = f"{reason_of(error)}; its sha256 is {sha256(path)}"
         raise UserError(f"{path} is damaged or incomplete, or not {what} ({reason}).") from error
 

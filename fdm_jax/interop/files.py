@@ -18,6 +18,7 @@ from fdm_jax.interop.snapshots import import_torch
 from fdm_jax.interop.state_dict import from_torch, to_torch
 from fdm_jax.model import Model, load_run
 from fdm_jax.networks.song_unet import PRESETS, SongUNet
+from fdm_jax.storage_errors import system_fails
 from fdm_jax.training.checkpoints import Checkpoints
 from fdm_jax.whole_files import make_folder, place, write_whole
 
@@ -59,6 +60,8 @@ def load_file(path: Path) -> Model:
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     except Exception as error:  # torch and safetensors have errors of their own for damaged files
+        if system_fails(error):
+            raise
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"{path} is damaged or incomplete, or not what its description says ({reason}).") from error
 

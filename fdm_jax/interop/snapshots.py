@@ -22,6 +22,7 @@ import numpy as np
 
 from fdm_jax.errors import UserError
 from fdm_jax.interop.pickles import PlainUnpickler, Record
+from fdm_jax.storage_errors import system_fails
 
 MAX_VERSION = 6  # of the original's torch_utils.persistence
 _MAX_DEPTH = 16  # of modules in modules; the networks have 4
@@ -85,6 +86,8 @@ def read_snapshot(path: Path, load_storage: Callable[[bytes], np.ndarray] | None
         except UserError as error:
             raise UserError(f"{path} is not a snapshot that can be read: {error}.") from error
         except Exception as error:  # a damaged pickle makes its reader raise nearly anything
+            if system_fails(error):
+                raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
             raise UserError(f"{path} is not a snapshot, or a damaged or incomplete one ({reason}).") from error
     if not isinstance(content, dict) or not isinstance(content.get("ema"), Persistent):

@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from fdm_jax.devices import one_copy_per_process
-from fdm_jax.errors import UserError, memory_full
-from fdm_jax.storage_errors import file_trouble
+from fdm_jax.errors import UserError
+from fdm_jax.storage_errors import system_fails
 from fdm_jax.training.agreement import in_all, of_the_first
 from fdm_jax.training.metrics import ranking_figures, read_metrics
 from fdm_jax.training.step import TrainState
@@ -250,7 +250,7 @@ class Checkpoints:
                 parts[name] = self._arrays.restore(folder / name, args=ocp.args.StandardRestore(shapes))
                 self._check_types(parts[name], shapes)
         except Exception as error:  # Orbax, TensorStore and JSON each have their own
-            if memory_full(error) or ((trouble := file_trouble(error)) and not trouble.damage):
+            if system_fails(error):
                 raise  # the checkpoint may be whole
             parts, cause = None, str(error)
         if not in_all(parts is not None):

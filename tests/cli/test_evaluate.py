@@ -1,9 +1,11 @@
 """`fdm evaluate` on the tiny run: statistics, generated and existing images, a stop in the middle, refusals."""
 
 import argparse
+import errno
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -146,6 +148,27 @@ def test_figures_that_were_asked_for_one_by_one(place, tmp_path):
     for metric in ("frechet", "kernel"):
         assert evaluate(place, *arguments, f"--metrics={metric}") == 0
     assert set(result(tmp_path / "out")["metrics"]) == {"frechet_distance", "kernel_distance"}
+
+
+@pytest.mark.parametrize("name", ["result.json", "settings.json"])
+def test_a_file_server_that_fails_while_there_are_figures(place, tmp_path, monkeypatch, capsys, name):
+    """They stay, and nobody is told to delete them."""
+    np.savez(tmp_path / "images.npz", image=RNG.integers(0, 256, (40, 8, 8, 1), np.uint8))
+    arguments = [f"--images={tmp_path}/images.npz", f"--out={tmp_path}/out"]
+    assert evaluate(place, *arguments, "--metrics=frechet") == 0
+    before, read = result(tmp_path / "out"), Path.read_text
+
+    def fail(path, *args, **kwargs):
+        if path.name == name:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        assert evaluate(place, *arguments, "--metrics=kernel") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{name} cannot be" in said and "(Stale file handle)" in said and "delete" not in said
+    assert result(tmp_path / "out") == before
 
 
 def test_statistics_of_another_resolution_are_mentioned(tmp_path, capsys):

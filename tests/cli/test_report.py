@@ -414,6 +414,16 @@ def test_damaged_files(file, content, tmp_path, capsys):
     assert (run / file).name in refused(capsys, f"--workdir={run}", f"--out={tmp_path}/r.html")
 
 
+@pytest.mark.parametrize("file", ["evaluations/a/result.json", "likelihood-test.jsonl"])
+def test_files_that_the_system_does_not_give(file, tmp_path, capsys):
+    """They may be sound: nobody is told to delete them, or that they are no results."""
+    run = write_run(tmp_path / "run")
+    (run / file).unlink(missing_ok=True)
+    (run / file).mkdir(parents=True)
+    said = refused(capsys, f"--workdir={run}", f"--out={tmp_path}/r.html")
+    assert f"{run / file} cannot be read (Is a directory)." in said
+
+
 def test_a_page_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     run, out = write_run(tmp_path / "run", evaluated=False), tmp_path / "r.html"
     out.write_text("before")

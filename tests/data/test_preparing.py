@@ -247,6 +247,57 @@ def test_bad_pictures_are_named_or_left_out_and_counted(path, tmp_path, pixels, 
     assert rest.metadata["left_out"] == 1 and len(rest) == 7
 
 
+def failing(monkeypatch, name, number):
+    """Where files of pictures are opened, those of a name fail with an error of the system's."""
+
+    def fail(path, *args, **kwargs):
+        if pathlib.Path(path).name == name:
+            raise OSError(number, os.strerror(number), path)
+        return open(path, *args, **kwargs)
+
+    monkeypatch.setattr("fdm_jax.data.archives.open", fail, raising=False)
+
+
+@pytest.mark.parametrize("name", ["0.png", "3.png"])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.EACCES])
+def test_a_picture_is_not_left_out_for_what_may_be_no_fault_of_its_own(
+    path, tmp_path, monkeypatch, pixels, name, number
+):
+    source = path({f"{i}.png": png(image) for i, image in enumerate(pixels)})
+    request = Request(name="folder", source=source, skip_bad=True)
+    with monkeypatch.context() as patch:
+        failing(patch, name, number)
+        words = rf"{name} in {source} cannot be read \({os.strerror(number)}\)"
+        refused(words, tmp_path / "data", "folder", source, skip_bad=True)
+    folder, left_out = prepare_dataset(request, tmp_path / "data")
+    assert not left_out and len(PreparedSource(folder)) == 7
+    with monkeypatch.context() as patch:  # nor is the source another one
+        failing(patch, name, number)
+        with pytest.raises(UserError, match=words):
+            prepare_dataset(request, tmp_path / "data")
+    assert prepare_dataset(request, tmp_path / "data") == (folder, [])
+
+
+def test_a_damaged_disk_makes_a_picture_bad(path, tmp_path, monkeypatch, pixels):
+    source = path({f"{i}.png": png(image) for i, image in enumerate(pixels)})
+    failing(monkeypatch, "3.png", errno.EIO)
+    request = Request(name="folder", source=source, skip_bad=True)
+    folder, left_out = prepare_dataset(request, tmp_path / "data")
+    assert len(left_out) == 1 and "3.png" in left_out[0] and len(PreparedSource(folder)) == 6
+    assert prepare_dataset(request, tmp_path / "data") == (folder, [])
+
+
+def test_full_memory_makes_no_picture_bad(path, tmp_path, monkeypatch, pixels):
+    def no_memory(*args):
+        raise MemoryError
+
+    source = path({f"{i}.png": png(image) for i, image in enumerate(pixels)})
+    monkeypatch.setattr("PIL.Image.Image.load", no_memory)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", no_memory)
+    with pytest.raises(MemoryError):
+        prepare_dataset(Request(name="folder", source=source, skip_bad=True), tmp_path / "data")
+
+
 def test_nothing_is_left_in_the_temporary_folder(path, tmp_path, monkeypatch, pixels):
     (temporary := tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))

@@ -1,11 +1,14 @@
 """Statistics files, extractors and the classifier: what goes in comes out, and what is wrong is said."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
+from safetensors import safe_open
 
 from fdm_jax.devices import make_mesh
 from fdm_jax.errors import UserError
@@ -117,6 +120,28 @@ def test_a_classifier_learns_and_its_features_have_a_scale_of_one(fitted, tmp_pa
     assert features.shape == (200, classifier.WIDTH) and logits.shape == (200, 2)
     np.testing.assert_allclose(features, fitted.apply(fitted.params, images)[0], atol=1e-4)
     assert 0.1 < np.median(features.std(axis=0)) < 10
+
+
+def test_files_of_one_classifier_are_equal(fitted, tmp_path):
+    """Their checksum stands for it, in references and evaluations."""
+    files = [tmp_path / f"{i}.safetensors" for i in range(10)]
+    for file in files:
+        classifier.save(fitted, file)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_a_classifier_of_an_early_version(fitted, tmp_path):
+    """Its format stood beside the rest."""
+    classifier.save(fitted, tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "numpy") as file:
+        rest = json.loads(file.metadata()["classifier"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for form in (rest.pop("format"), "fdm_jax classifier 0"):
+        metadata = {"format": form, "classifier": json.dumps(rest)}
+        safetensors.numpy.save_file(arrays, tmp_path / f"{form}.safetensors", metadata)
+    assert classifier.load(tmp_path / f"{classifier.FORMAT}.safetensors").accuracy == fitted.accuracy
+    with pytest.raises(UserError, match="is no classifier"):
+        classifier.load(tmp_path / "fdm_jax classifier 0.safetensors")
 
 
 def test_a_classifier_that_cannot_be_written(fitted, tmp_path):
