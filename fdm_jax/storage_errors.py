@@ -54,7 +54,10 @@ def file_trouble(error: BaseException | None) -> Trouble | None:
         name, number = None, None
         if isinstance(each, OSError):
             name, number = each.filename, each.errno
-        elif found := re.search(r'local file "([^"]+)"', str(each)):  # TensorStore, which has no numbers
+        # TensorStore's and array_record's, which have no numbers.
+        elif found := re.search(r'local file "([^"]+)"', str(each)) or re.search(
+            r"\(\) failed: .*?; \w+ ([^;]+)", str(each)
+        ):
             name, number = found[1], next((n for n in (*_REMEDIES, *_PASSING) if os.strerror(n) in str(each)), None)
         if number in _REMEDIES or number in _PASSING:
             remedy = _REMEDIES.get(number, "wait until its disk, or the network to it, works again")

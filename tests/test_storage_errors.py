@@ -63,6 +63,14 @@ def test_other_errors_are_neither(error):
     assert file_trouble(error) is None and refusal(error) is None and not disk_full(error)
 
 
+def test_what_array_record_says():
+    said = "reading /a/x y.array_record; at byte 0; Could not read from the underlying reader"
+    trouble = file_trouble(ValueError(f"read() failed: Stale file handle; {said}"))
+    assert trouble.sentence.startswith("/a/x y.array_record cannot be used (Stale file handle): wait until")
+    assert trouble.may_pass and not trouble.damage
+    assert file_trouble(ValueError(f"Corrupted; {said}")) is None
+
+
 def test_damage():
     """A disk says of a block that it cannot read what a file server says of one that it does not get."""
     assert file_trouble(OSError(errno.EIO, "Input/output error", "/a/x")).damage

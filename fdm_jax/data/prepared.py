@@ -13,6 +13,7 @@ import numpy as np
 
 from fdm_jax.data.sources import DataSpec, Source
 from fdm_jax.errors import UserError
+from fdm_jax.storage_errors import system_fails
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _INFO, _FEATURES = "dataset_info.json", "features.json"
@@ -140,9 +141,7 @@ class PreparedSource(Source):
 
 
 def damaged(folder: Path, error: Exception) -> UserError:
-    """What to say of a folder whose files cannot be read; it need not be their fault, but want of rights or memory."""
+    """What to say of a folder whose files cannot be read."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(
-        f"the prepared data set in {folder} cannot be read ({reason}): if it is damaged, delete that folder and prepare "
-        "it again."
-    )
+    remedy = "" if system_fails(error) else ": if it is damaged, delete that folder and prepare it again"
+    return UserError(f"the prepared data set in {folder} cannot be read ({reason}){remedy}.")
