@@ -108,8 +108,10 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # there only if something went wrong
+    except BaseException:
+        with contextlib.suppress(OSError):  # which is not what went wrong first
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
