@@ -29,7 +29,7 @@ import grain.python as grain
 import numpy as np
 
 from fdm_jax.data.sources import MAX_READERS, Source
-from fdm_jax.errors import UserError
+from fdm_jax.errors import UserError, with_causes
 from fdm_jax.host_memory import machine_memory
 
 _GRACE_SECONDS = 10  # what a worker has left after SIGTERM, for the last steps before a run has stopped
@@ -90,6 +90,9 @@ class _Workers(Iterator[dict[str, np.ndarray]]):
         try:
             self._waiting.append(self._submit())
             return self._waiting.popleft().result()
+        except _Refused as error:
+            sentence, behind = error.args
+            raise UserError(sentence) from behind or error
         except BrokenProcessPool as error:
             self._pool.shutdown(wait=False)  # it has sent SIGTERM to the others, which may take their time
             raise UserError(
@@ -125,7 +128,15 @@ def _become_worker(read: _Reader) -> None:
 
 def _work(k: int) -> dict[str, np.ndarray]:
     assert _reader_of_worker is not None
-    return _reader_of_worker(k)
+    try:
+        return _reader_of_worker(k)
+    except UserError as error:
+        behind = next((each for each in with_causes(error) if isinstance(each, OSError)), None)
+        raise _Refused(str(error), behind) from error
+
+
+class _Refused(Exception):
+    """A UserError's sentence and the system's error behind it, which says whether it may pass: pickle drops causes."""
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):

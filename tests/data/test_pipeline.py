@@ -1,5 +1,6 @@
 """The order of the data: whole epochs, one sequence for any number of processes, exact resumption."""
 
+import errno
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 from fdm_jax.data.pipeline import make_batches
 from fdm_jax.data.sources import DataSpec, Source
 from fdm_jax.errors import UserError
+from fdm_jax.storage_errors import file_trouble
 
 N, G = 23, 8  # three epochs are 69 examples; no batch ends where an epoch does before the 23rd
 
@@ -271,6 +273,27 @@ def test_worker_processes_read_the_same_and_report_the_same():
         next(failing)
     assert failing.get_state()["batches"] == before
     failing.close()
+
+
+class Away(Traced):
+    """On a file server that does not answer."""
+
+    def read(self, indices):
+        try:
+            raise OSError(errno.ESTALE, "Stale file handle", "/data/img.png")
+        except OSError as error:
+            raise UserError("img.png cannot be read.") from error
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_may_pass_by_itself_is_known(num_workers):
+    """So that launchers try again."""
+    data = batches(source=Away(), num_workers=num_workers)
+    with pytest.raises(UserError, match="^img.png cannot be read") as caught:
+        next(data)
+    data.close()
+    trouble = file_trouble(caught.value)
+    assert trouble.may_pass and trouble.sentence.startswith("/data/img.png cannot be used (Stale file handle)")
 
 
 class ReadBy(Traced):
