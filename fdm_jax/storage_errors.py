@@ -66,6 +66,12 @@ def file_trouble(error: BaseException | None) -> Trouble | None:
     return None
 
 
+def may_pass(error: BaseException | None) -> bool:
+    """Whether what led to an error may pass by itself, so that it is worth while to try again."""
+    trouble = file_trouble(error)
+    return trouble is not None and trouble.may_pass
+
+
 def system_fails(error: BaseException | None) -> bool:
     """Whether an error, or one behind it, is the system's (memory, rights, a file server), so that the file may be sound."""
     trouble = file_trouble(error)

@@ -21,7 +21,7 @@ from fdm_jax.cli.distributed import leave_together
 from fdm_jax.cli.places import check_local
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError, memory_full
 from fdm_jax.host_memory import keep_freed_memory
-from fdm_jax.storage_errors import disk_full, file_trouble, refusal
+from fdm_jax.storage_errors import disk_full, file_trouble, may_pass, refusal
 from fdm_jax.xla_flags import avoid_slow_convolutions
 
 COMMANDS = (
@@ -96,8 +96,7 @@ def main(argv: Sequence[str]) -> int:
         with compile_cache():
             return args.run(args)
     except UserError as error:
-        trouble = file_trouble(error)  # behind it
-        sentence, code = str(error), 1 if trouble and trouble.may_pass else 2
+        sentence, code = str(error), 1 if may_pass(error) else 2
     except RestartNeeded as error:
         sentence, code = str(error), RESTART_CODE
     except KeyboardInterrupt:

@@ -16,7 +16,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fdm_jax.defaults import flatten
-from fdm_jax.errors import UserError
+from fdm_jax.errors import RestartNeeded, UserError
+from fdm_jax.storage_errors import may_pass
 from fdm_jax.whole_files import is_remote, write_text
 
 if TYPE_CHECKING:
@@ -42,14 +43,19 @@ def all_or_none(otherwise: str) -> Iterator[None]:
 
     Args:
       otherwise: the sentence for the others.
+
+    Raises:
+      RestartNeeded: what all the errors are of may pass by itself, and none is of this process.
     """
     error = None
     try:
         yield
     except UserError as found:
         error = found
-    if not in_all(error is None):
-        raise error or UserError(otherwise)
+    # Two questions, asked by all: a scheduler does not start again what ends with a user's mistake.
+    fine, may_be_soon = in_all(error is None), in_all(error is None or may_pass(error))
+    if not fine:
+        raise error or (RestartNeeded if may_be_soon else UserError)(otherwise)
 
 
 def of_the_first(numbers: Sequence[int]) -> list[int]:
