@@ -134,20 +134,20 @@ class _Others:
         os._exit(2)
 
 
-def leave_together(sentence: str, seconds: float = 30) -> None:
+def leave_together(sentence: str | None, seconds: float = 30) -> None:
     """Before an end for what the user can mend, which as a rule all processes find: wait until they end too.
 
     The first one holds the service that connects them, and those that have not said yet what is wrong would be aborted
     when it is gone.
 
     Args:
-      sentence: what is wrong, for those that do not find it.
+      sentence: what is wrong, for those that do not find it; None if it may pass, and they are to be started again.
       seconds: to wait at most.
     """
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():
         return
-    _part(seconds, f"process {jax.process_index()} has ended: {sentence}")
+    _part(seconds, sentence and f"process {jax.process_index()} has ended: {sentence}")
 
 
 def _service() -> Any:

@@ -110,6 +110,8 @@ def main(argv: Sequence[str]) -> int:
     finally:
         if code == 2:
             leave_together(sentence)
+        elif code == 1:
+            leave_together(None, seconds=10)  # or alone, from those that wait for this one and then find it gone
     return code
 
 

@@ -214,6 +214,35 @@ entry_point()
 """
 
 
+AWAY_FOR_ONE = """
+import sys
+from fdm_jax.errors import UserError
+def away(*args, **kwargs):
+    try:
+        raise OSError(116, "Stale file handle", "/data/a.zip")
+    except OSError as error:
+        raise UserError("a.zip cannot be opened (Stale file handle).") from error
+if sys.argv[-1].endswith(",2,FAILING"):
+    import fdm_jax.data.opening
+    fdm_jax.data.opening.open_source = away
+from fdm_jax.cli.main import entry_point
+entry_point()
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_file_server_that_fails_for_one_process(data_dir, tmp_path, failing):
+    """Launchers try again after 1 and 75, but not after 2."""
+    program = ("-c", AWAY_FOR_ONE.replace("FAILING", str(failing)))
+    began = time.monotonic()
+    codes = [RESTART_CODE, RESTART_CODE]
+    codes[failing] = 1
+    said = finish(start_all(tiny.arguments(tmp_path / "run", data_dir), 2, program=program), codes)
+    assert time.monotonic() - began < 90  # JAX gives a process up after 100 s
+    assert said[failing].endswith("fdm train: a.zip cannot be opened (Stale file handle).\n")
+    assert said[1 - failing].endswith("fdm train: Another process cannot train on its data, and says why.\n")
+
+
 STOPPED_AT_A_SAVE = """
 import os, signal, sys, time
 from fdm_jax.training.checkpoints import Checkpoints
