@@ -1,4 +1,4 @@
-"""What is found out of the errors of Google Cloud Storage's three clients; those of local files are in cli/test_bad_input."""
+"""What is found out of the errors of Google Cloud Storage's clients and array_record; see also cli/test_bad_input."""
 
 import errno
 

@@ -18,6 +18,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from fdm_jax.errors import UserError
+from fdm_jax.storage_errors import system_fails
 
 PNG_HEADER_BYTES = 33  # signature and IHDR chunk
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -105,9 +106,9 @@ def decode_picture(data: bytes, where: str, channels: int | None = None) -> np.n
         raise UserError(f"{where} has {_PIL_BITS[image.mode]}-bit pixels: convert it to 8 bits per channel.")
     try:
         image = PIL.ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow parses these data only now
+        if system_fails(error):
+            raise
         raise UserError(f"{where} has damaged EXIF data.") from error
     if image.has_transparency_data:
         image = image.convert("LA" if image.mode in ("L", "LA") else "RGBA")
@@ -174,9 +175,9 @@ def _open(data: bytes, where: str) -> PIL.Image.Image:
             image.load()
     except PIL.Image.DecompressionBombError:
         large = True
-    except MemoryError:
-        raise
     except Exception as error:  # damaged files make Pillow raise nearly anything, struct.error included
+        if system_fails(error):
+            raise
         raise UserError(f"{where} is not a readable image (it is damaged or of an unknown kind).") from error
     if large:
         raise UserError(f"{where} claims more than {_MAX_PIXELS:,} pixels: it is not to be trusted, or too large.")
