@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
+import stat
 import sys
 import time
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -53,21 +55,36 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
-        try:
-            if self._bar is not None:
+        if self._bar is not None:
+            with _whether_read_or_not():
                 self._bar.write(text, file=sys.stderr)
-            elif not self._quiet:
-                print(text, file=sys.stderr, flush=True)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            # A pipe whose reader has ended, or a terminal that was closed: the work is worth more than the lines on it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        elif not self._quiet:
+            say(text)
 
     def close(self) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+
+
+def say(text: str) -> None:
+    """A line on standard error; lost where there is no room for it, or nobody to read it."""
+    with _whether_read_or_not():
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _whether_read_or_not() -> Iterator[None]:
+    """The work, and the exit code by which it ends, are worth more than the lines on it.
+
+    The disk of a log may be full, or its file server away; later lines of it are then tried again.
+    """
+    try:
+        yield
+    except OSError:
+        if not stat.S_ISREG(os.fstat(sys.stderr.fileno()).st_mode):
+            # A pipe whose reader has ended, or a terminal that was closed.  Libraries write to it as well.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def duration(seconds: float) -> str:

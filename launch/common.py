@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -32,7 +33,14 @@ class Refusal(Exception):
 
 def say(text: str) -> None:
     """A line of the launcher's own."""
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    show(f"launch: {text}\n", sys.stderr)
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """On standard output, at once; lost where a log's disk is full or nobody reads it, which a run is to outlive."""
+    stream = stream or sys.stdout
+    with contextlib.suppress(OSError):  # and not kept in a buffer, which Python would try to write out at its end
+        os.write(stream.fileno(), text.encode(stream.encoding, "replace"))
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -119,8 +127,8 @@ def run(command: Sequence[str], **options: object) -> subprocess.CompletedProces
     """
     try:
         return subprocess.run(command, text=True, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
-    except FileNotFoundError as error:
-        raise missing(command[0]) from error
+    except OSError as error:
+        raise missing(command[0], error) from error
 
 
 def become(command: Sequence[str]) -> NoReturn:
@@ -132,12 +140,14 @@ def become(command: Sequence[str]) -> NoReturn:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
         os.execvp(command[0], list(command))
-    except FileNotFoundError as error:
-        raise missing(command[0]) from error
+    except OSError as error:
+        raise missing(command[0], error) from error
 
 
-def missing(program: str) -> Refusal:
-    """What is said of it."""
+def missing(program: str, error: OSError) -> Refusal:
+    """What is said of a program that the system does not start."""
+    if not isinstance(error, FileNotFoundError):
+        return Refusal(f"{program!r} cannot be started ({error.strerror}): see to it, or give --dry-run.")
     return Refusal(f"There is no {program!r} on the path: install it, or give --dry-run.")
 
 
@@ -146,14 +156,17 @@ def newest_checkpoint(workdir: str | None) -> int | None:
     if workdir is None:
         return None
     if workdir.startswith("gs://"):
+        listing = ["gcloud", "storage", "ls", f"{workdir.rstrip('/')}/checkpoints/"]
         try:
-            listed = run(["gcloud", "storage", "ls", f"{workdir.rstrip('/')}/checkpoints/"], capture_output=True)
-        except Refusal:
+            listed = run(listing, capture_output=True, timeout=300)
+        except (Refusal, subprocess.TimeoutExpired):
             return None
         names = re.findall(r"/checkpoints/(\d+)/", listed.stdout)
     else:
-        folder = Path(workdir) / "checkpoints"
-        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        try:
+            names = os.listdir(Path(workdir) / "checkpoints")
+        except OSError:  # there is none; or its file server is away, which may be why the run ended
+            return None
     return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
@@ -188,7 +201,7 @@ class Restarts:
         newest = self.progress()
         if moved := newest is not None and newest != self._seen:
             self._crashes = self._idle = 0
-        self._seen = newest
+            self._seen = newest
         if code == RESTART:
             self._idle += not moved
             if self._idle > self.limit:

@@ -61,8 +61,16 @@ def build_command(args: argparse.Namespace, extra: str, tag: str) -> list[str]:
 
 
 def folders(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Runs and data on this machine."""
-    return Path(args.runs).expanduser().absolute(), Path(args.data).expanduser().absolute()
+    """Runs and data on this machine.
+
+    Raises:
+      Refusal: the engine could not be told of one.
+    """
+    runs, data = (Path(os.path.expanduser(given)).absolute() for given in (args.runs, args.data))
+    for folder in (runs, data):
+        if ":" in str(folder):
+            raise Refusal(f"The folders of --runs and --data cannot have a colon in their names, and one is {folder}.")
+    return runs, data
 
 
 def run_command(args: argparse.Namespace, tag: str, command: Sequence[str]) -> list[str]:

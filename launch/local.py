@@ -24,7 +24,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -45,6 +44,7 @@ from common import (
     say,
     seconds,
     shell_words,
+    show,
     verdict,
 )
 
@@ -170,7 +170,15 @@ class Group:
 
     def run(self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]) -> int:
         """Start them all, wait until all have ended, and give the exit code of the whole."""
-        self._children, readers = [], []
+        self._children = []
+        try:
+            return self._run(commands, environments)
+        except BaseException:
+            self._send(signal.SIGKILL)  # else those that were started would wait for the rest
+            raise
+
+    def _run(self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]) -> int:
+        readers = []
         for i, (command, extra) in enumerate(zip(commands, environments, strict=True)):
             if self.told:  # in the middle of starting
                 break
@@ -182,7 +190,6 @@ class Group:
                     stderr=subprocess.STDOUT if i else None, text=True, errors="replace", process_group=0,
                 )  # fmt: skip
             except OSError as error:
-                self._send(signal.SIGKILL)
                 raise Refusal(f"{command[0]!r} cannot be started ({error.strerror}): see --fdm.") from error
             self._children.append(child)
             if self.told:  # it came between the line above and the start
@@ -244,8 +251,7 @@ def words(code: int) -> str:
 def copy_lines(source: Iterable[str], prefix: str) -> None:
     """From a process to standard output, each with a prefix."""
     for line in source:
-        sys.stdout.write(prefix + line if line.endswith("\n") else f"{prefix}{line}\n")
-        sys.stdout.flush()
+        show(prefix + line if line.endswith("\n") else f"{prefix}{line}\n")
 
 
 if __name__ == "__main__":

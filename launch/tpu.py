@@ -25,7 +25,6 @@ import hashlib
 import re
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +46,7 @@ from common import (
     run,
     say,
     seconds,
+    show,
     verdict,
 )
 
@@ -360,8 +360,7 @@ class Train:
     def _show_log(self, lines: int = 20) -> None:
         code, output, _ = self._pod.ask(self._pod.on_workers(f"tail -n {lines} fdm_run/log", "0"))
         if not code and output != self._said:
-            sys.stdout.write(output)
-            sys.stdout.flush()
+            show(output)
             self._said = output
 
 

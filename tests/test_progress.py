@@ -1,6 +1,7 @@
-"""Progress when nobody is there to see it any more."""
+"""Progress when nobody is there to see it any more, or there is no room for it."""
 
 import errno
+import io
 import os
 import pty
 import subprocess
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 
-from fdm_jax.progress import Progress
+from fdm_jax.progress import Progress, say
 
 
 @pytest.fixture(params=["pipe", "terminal"])
@@ -31,19 +32,30 @@ def test_work_goes_on_when_nobody_reads_of_it(unread):
     print("What libraries say.", file=sys.stderr, flush=True)
 
 
-def test_a_full_disk_is_not_kept_to_itself(monkeypatch):
-    """The run ends by it, with its own sentence, and where the log went."""
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE])
+def test_a_log_that_cannot_be_written_for_a_time(monkeypatch, tmp_path, number):
+    """The work goes on, and later lines are in it again."""
 
-    class Full:
-        isatty = staticmethod(lambda: False)
-        flush = staticmethod(lambda: None)
+    class Log(io.FileIO):
+        works = True
 
-        def write(self, text):
-            raise OSError(errno.ENOSPC, "No space left on device")
+        def write(self, data):
+            if not self.works:
+                raise OSError(number, os.strerror(number))
+            return super().write(data)
 
-    monkeypatch.setattr(sys, "stderr", Full())
-    with pytest.raises(OSError, match="No space left"):
-        Progress(30, 0).say("A line.")
+    raw = Log(tmp_path / "log", "w")
+    with io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=True) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        progress = Progress(30, 0)
+        progress.count(10)
+        raw.works = False
+        progress.count(20)
+        say("A line of another kind.")
+        raw.works = True
+        progress.count(30)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[0].split()[0] == "10" and lines[-1].split()[0] == "30"
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

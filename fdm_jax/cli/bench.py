@@ -21,13 +21,13 @@ import dataclasses
 import functools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdm_jax.cli.checks import need_positive
 from fdm_jax.errors import UserError, nearest
+from fdm_jax.progress import say
 
 if TYPE_CHECKING:
     import jax
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     need_positive(args, "batch_size", "steps", "sampling_steps")
     for case in cases(args):
         for name in what:
-            print(f"{case.name}: compiling and timing {name}, {case.spec.batch_size} images at once", file=sys.stderr)
+            say(f"{case.name}: compiling and timing {name}, {case.spec.batch_size} images at once")
             print(json.dumps(MEASURES[name](case, args)), flush=True)
     return 0
 

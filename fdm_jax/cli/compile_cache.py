@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import glob
 import re
-import sys
 import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fdm_jax.progress import say
 from fdm_jax.user_dirs import user_cache_dir
 from fdm_jax.whole_files import is_remote, place
 
@@ -38,8 +38,7 @@ def compile_cache() -> Iterator[None]:
         trouble = _TROUBLE.fullmatch(str(message))
         if trouble is None:
             return show(message, *where, **more)
-        with contextlib.suppress(OSError):  # as of all warnings: nobody may be left to read them
-            print(_mended(str(jax.config.jax_compilation_cache_dir), *trouble.groups()), file=sys.stderr, flush=True)  # type: ignore[attr-defined]
+        say(_mended(str(jax.config.jax_compilation_cache_dir), *trouble.groups()))  # type: ignore[attr-defined]
 
     warnings.showwarning = show_or_mend
     try:
@@ -84,11 +83,9 @@ def share_compile_cache(workdir: Path | None) -> None:
         _keep_in(folder)
         jax.config.update("jax_enable_compilation_cache", True)
     elif enabled and jax.process_index() == 0:
-        print(
+        say(
             f"Compiled programs are not kept: {usual} is not one folder for all processes. JAX_COMPILATION_CACHE_DIR names "
-            "another place for them, which may be on gs://.",
-            file=sys.stderr,
-            flush=True,
+            "another place for them, which may be on gs://."
         )
     reset_cache()  # JAX looks at these settings once
 

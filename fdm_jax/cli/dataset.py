@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdm_jax.cli.places import check_out, path_argument
 from fdm_jax.errors import UserError
+from fdm_jax.progress import Progress, say
 
 if TYPE_CHECKING:
     from fdm_jax.data.sources import Source
@@ -130,15 +131,14 @@ def prepare(args: argparse.Namespace) -> int:
             raise
         raise UserError(f"{request.full_name} cannot be prepared in {args.data_dir}: {error}.") from error
     for sentence in left_out[:20]:
-        print(f"Left out: {sentence}", file=sys.stderr)
+        say(f"Left out: {sentence}")
     if left_out:
         print(f"Left out in all: {len(left_out):,} bad pictures.")
     prepared = PreparedSource(folder, "all")
     if before is None and (enlarged := prepared.metadata.get("enlarged")):
-        print(
+        say(
             f"Enlarged: {enlarged:,} of the pictures are smaller than {prepared.spec.resolution} pixels, and a model will "
-            "learn their blur: take them out of the source, or another --resolution.",
-            file=sys.stderr,
+            "learn their blur: take them out of the source, or another --resolution."
         )
     where = "" if args.data_dir == default_data_dir() else f" --config.data.data_dir={shlex.quote(str(args.data_dir))}"
     took = f"in {time.monotonic() - began:.1f} s" if before is None else "before: delete its folder to make it anew"
@@ -201,7 +201,6 @@ def stats(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """``fdm dataset export``."""
     from fdm_jax.data.export import write_zip
-    from fdm_jax.progress import Progress
 
     source = _open(args)
     progress = Progress(len(source), 0)

@@ -15,6 +15,7 @@ from typing import Any
 
 from fdm_jax.cli.compile_cache import share_compile_cache
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError, lost_another
+from fdm_jax.progress import say
 
 PATIENCE = 300  # seconds that a process waits for the others to come; JAX's default
 
@@ -91,7 +92,8 @@ def _connect() -> None:
 
 
 def _leave(number: int, frame: Any) -> None:
-    print("fdm: stopped by SIGTERM; the same command goes on from here.", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # and not by print, which this may have interrupted
+        os.write(2, b"fdm: stopped by SIGTERM; the same command goes on from here.\n")
     os._exit(RESTART_CODE)  # at once: the others may never come to where processes part
 
 
@@ -129,7 +131,7 @@ class _Others:
         self._refused.set()
         if self._ended.wait(10):  # what all find, each says by itself
             return
-        print(f"fdm: {sentence}", file=sys.stderr, flush=True)
+        say(f"fdm: {sentence}")
         _part(30)
         os._exit(2)
 

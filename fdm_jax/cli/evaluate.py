@@ -22,7 +22,6 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +35,7 @@ from fdm_jax.cli.places import check_out, path_argument, place_argument
 from fdm_jax.cli.record import write_json
 from fdm_jax.cli.sampling import add_checkpoint_argument, add_class_argument, add_sampling_arguments, check_noise
 from fdm_jax.errors import UserError
+from fdm_jax.progress import Progress, say
 from fdm_jax.whole_files import remove_folder
 
 if TYPE_CHECKING:
@@ -195,10 +195,9 @@ def open_reference(
     reference, extractor = open_with_extractor(path, kind, weights, shape)
     known = reference.description.get("resolution", shape[0])
     if known != shape[0]:
-        print(
+        say(
             f"fdm: warning: the statistics {path} are of images of {known}x{known}, and these are {shape[0]}x{shape[1]}: "
-            "the distance counts that too.",
-            file=sys.stderr,
+            "the distance counts that too."
         )
     return reference, extractor
 
@@ -242,7 +241,6 @@ def make_reference(args: argparse.Namespace) -> int:
     from fdm_jax.evaluation.extractors import FeatureMaker, open_extractor
     from fdm_jax.evaluation.moments import Moments
     from fdm_jax.evaluation.references import Reference, save_reference
-    from fdm_jax.progress import Progress
 
     check_out(args.out, ".npz")
     source = _open_data(args, use_labels=False)
@@ -278,7 +276,6 @@ def make_reference(args: argparse.Namespace) -> int:
 def fit_classifier(args: argparse.Namespace) -> int:
     """Train, judge on held-out images, save."""
     from fdm_jax.evaluation import classifier
-    from fdm_jax.progress import Progress
 
     check_out(args.out, ".safetensors")
     if not 0 <= args.seed < 2**31:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import keyword
 import os
@@ -21,6 +20,7 @@ from fdm_jax.cli.distributed import leave_together
 from fdm_jax.cli.places import check_local
 from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError, memory_full
 from fdm_jax.host_memory import keep_freed_memory
+from fdm_jax.progress import say
 from fdm_jax.storage_errors import disk_full, file_trouble, may_pass, refusal
 from fdm_jax.xla_flags import avoid_slow_convolutions
 
@@ -105,13 +105,11 @@ def main(argv: Sequence[str]) -> int:
         if (explained := _explained(error, args)) is None:
             raise
         sentence, code = explained
-    try:
-        print(f"fdm {args.command}: {sentence}", file=sys.stderr, flush=True)
-    finally:
-        if code == 2:
-            leave_together(sentence)
-        elif code == 1:
-            leave_together(None, seconds=10)  # or alone, from those that wait for this one and then find it gone
+    say(f"fdm {args.command}: {sentence}")
+    if code == 2:
+        leave_together(sentence)
+    elif code == 1:
+        leave_together(None, seconds=10)  # or alone, from those that wait for this one and then find it gone
     return code
 
 
@@ -148,28 +146,33 @@ def _less_memory(args: argparse.Namespace) -> str:
 def entry_point() -> None:
     """The console script."""
     sys.unraisablehook = _leave_out_echoes
+    code = 0
     try:
         try:
             code = main(sys.argv[1:])
         finally:
             sys.stdout.flush()
-            sys.stderr.flush()
-    except BrokenPipeError:
-        if not (_unread(sys.stdout) or _unread(sys.stderr)):
-            raise
-        code = 128 + signal.SIGPIPE  # what read the output has ended, as `head` does: nobody is left to be told
     except Exception as error:
-        if disk_full(error):  # that to which it writes what it says
-            code = 2
-            with contextlib.suppress(OSError):
-                print("fdm: The disk to which the output goes is full.", file=sys.stderr, flush=True)
-        else:
-            code = 1
-            sys.excepthook(*sys.exc_info())  # as Python does
+        code = code or _code_of(error)
+    try:
+        sys.stderr.flush()
+    except OSError:  # of lines that were given up; Python would try once more, and end with a code of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     if code:
         # The sentence is said: exit handlers of libraries would only repeat its cause in a page of their own, and wait for
         # other processes that wait for this one.
         os._exit(code)
+
+
+def _code_of(error: Exception) -> int:
+    """The exit code for an error that :func:`main` does not explain, or of what it printed; after saying what there is to say."""
+    if isinstance(error, BrokenPipeError) and (_unread(sys.stdout) or _unread(sys.stderr)):
+        return 128 + signal.SIGPIPE  # what read the output has ended, as `head` does: nobody is left to be told
+    if disk_full(error):  # that to which it writes what it says
+        say("fdm: The disk to which the output goes is full.")
+        return 2
+    sys.excepthook(type(error), error, error.__traceback__)  # as Python does
+    return 1
 
 
 def _leave_out_echoes(unraisable: Any) -> None:

@@ -20,11 +20,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from typing import TYPE_CHECKING
 
 from fdm_jax.cli.checks import need_positive
 from fdm_jax.errors import UserError, nearest
+from fdm_jax.progress import say
 
 if TYPE_CHECKING:
     from fdm_jax.accounting import Accelerator, Plan
@@ -89,9 +89,7 @@ def run(args: argparse.Namespace) -> int:
     words = render(plan, bool(args.compile_for), gpus if device in ahead.GPUS else None)
     numbers = figures(plan)
     if args.compile_for:
-        print(
-            f"Compiling for {num_devices} x {plan.accelerator.title}, which takes minutes.", file=sys.stderr, flush=True
-        )
+        say(f"Compiling for {num_devices} x {plan.accelerator.title}, which takes minutes.")
         try:
             compiled = ahead.compile_step(experiment, devices)
         except ahead.DoesNotFit as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 
 from fdm_jax.cli.places import place_argument
 from fdm_jax.errors import UserError, nearest
+from fdm_jax.progress import say
 
 if TYPE_CHECKING:
     from fdm_jax.experiment import Experiment
@@ -255,10 +255,9 @@ def load_guidance(args: argparse.Namespace, model: Loaded) -> tuple[Guidance | N
             )
         return guidance, (other.network, other.family), (model.variables, model.guide.variables)
     if guidance is not None and experiment.num_classes and not experiment.network.label_dropout:
-        print(
+        say(
             f"fdm {args.command}: warning: the model was trained without label dropout (network.label_dropout is 0), so "
-            "it has never seen an image without its class: guidance away from that may not mean much.",
-            file=sys.stderr,
+            "it has never seen an image without its class: guidance away from that may not mean much."
         )
     return guidance, None, model.variables
 

@@ -17,7 +17,6 @@ import argparse
 import csv
 import io
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,6 +37,7 @@ from fdm_jax.cli.sampling import (
     make_sampler,
 )
 from fdm_jax.errors import UserError, nearest
+from fdm_jax.progress import say
 from fdm_jax.whole_files import resolved
 
 if TYPE_CHECKING:
@@ -111,18 +111,14 @@ def run(args: argparse.Namespace) -> int:
         try:
             images, more = judge_case(args, model, sampler, seeds, exact, judge, case.solver)
         except NotFinite as error:  # the others are worth their while; this one has no figures, and a black picture
-            print(f"fdm sweep: warning: {case.solver} ({case.grid}), {sampler.nfe} NFE: {error}", file=sys.stderr)
+            say(f"fdm sweep: warning: {case.solver} ({case.grid}), {sampler.nfe} NFE: {error}")
             images, more = np.zeros(exact[:SHOWN].shape, np.uint8), dict.fromkeys(("distance", "distance_error"))
         (args.out / "parts").mkdir(exist_ok=True)
         np.save(args.out / "parts" / f"{case.solver}-{case.grid}-{sampler.nfe}.npy", images)
         record.add(row | more)
         done.add((case.solver, case.grid, sampler.nfe))
         figures = "  ".join(f"{k} {v:.4g}" for k, v in more.items() if v is not None)
-        print(
-            f"{i:>3} of {len(cases)}  {case.solver} ({case.grid}), {sampler.nfe} NFE: {figures}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{i:>3} of {len(cases)}  {case.solver} ({case.grid}), {sampler.nfe} NFE: {figures}")
     rows = sorted(record.rows, key=lambda row: (row["solver"], row["grid"], row["nfe"]))
     write_tables(args.out, rows)
     draw(args.out, rows, exact)
@@ -207,7 +203,7 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
     jitted = jax.jit(solve, in_shardings=(whole, rows, rows), out_shardings=(rows, whole))
     labels, parts = experiment.choose_labels(args.label, seeds), []
     size = -(-min(args.batch, len(seeds)) // mesh.size) * mesh.size
-    print(f"the ODE's solution: compiling it; then {size:,} images at a time", file=sys.stderr, flush=True)
+    say(f"the ODE's solution: compiling it; then {size:,} images at a time")
     for count, batch in in_batches(size, seeds, labels):
         x, ok = jitted(variables, *batch)
         if not ok:
@@ -215,7 +211,7 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
                 f"The ODE could not be solved with a tolerance of {args.tolerance}: give a larger --tolerance."
             )
         parts.append(np.asarray(x)[:count])
-        print(f"the ODE's solution: {sum(map(len, parts))} of {len(seeds)} images", file=sys.stderr, flush=True)
+        say(f"the ODE's solution: {sum(map(len, parts))} of {len(seeds)} images")
     solution = np.concatenate(parts)
     temporary = args.out / ".reference.part.npy"
     np.save(temporary, solution)

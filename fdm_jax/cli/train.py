@@ -13,13 +13,13 @@ see.  SIGTERM to one of them saves in all at the same step, and ends them with e
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fdm_jax.cli.distributed import add_distributed_argument, joined
 from fdm_jax.cli.places import place_argument
 from fdm_jax.errors import UserError
+from fdm_jax.progress import say
 
 if TYPE_CHECKING:
     from fdm_jax.data.sources import Source
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             kind = jax.devices()[0].device_kind
             print(f"Data: {source.spec}. Devices: {jax.device_count()} x {kind}{processes}.", flush=True)
             for sentence in doubts(experiment, source):
-                print(f"fdm train: warning: {sentence}", file=sys.stderr)
+                say(f"fdm train: warning: {sentence}")
         if args.dry_run:
             check(experiment)
             if jax.process_index() == 0:

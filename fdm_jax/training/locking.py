@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fdm_jax.errors import UserError
+from fdm_jax.progress import say
 from fdm_jax.storage_errors import file_trouble, refusal
 from fdm_jax.training.agreement import all_or_none
 from fdm_jax.whole_files import is_remote
@@ -65,10 +65,8 @@ def _local_lock(workdir: Path, hold: bool) -> Iterator[None]:
             except BlockingIOError:
                 raise _in_use(workdir) from None
             except OSError as error:
-                print(
-                    f"The workdir {workdir} cannot be locked ({error.strerror}): see to it that nothing else trains there.",
-                    file=sys.stderr,
-                    flush=True,
+                say(
+                    f"The workdir {workdir} cannot be locked ({error.strerror}): see to it that nothing else trains there."
                 )
         yield
 
@@ -145,11 +143,7 @@ class _ObjectLock:
             raise
         self._generation, owner = self._read()
         holder = f"Process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "Another process"
-        print(
-            f"{holder} holds the workdir; waiting {STALE:.0f} s for a sign of life from it.",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{holder} holds the workdir; waiting {STALE:.0f} s for a sign of life from it.")
         deadline = time.monotonic() + STALE
         while self._generation and time.monotonic() < deadline:
             time.sleep(min(BEAT / 3, 1.0))
@@ -166,12 +160,10 @@ class _ObjectLock:
             try:
                 ours = self._write()
             except Exception as error:  # no network: the next beat tells whether the lock was lost meanwhile
-                print(f"The lock of {self._workdir} could not be renewed: {error}", file=sys.stderr, flush=True)
+                say(f"The lock of {self._workdir} could not be renewed: {error}")
                 continue
             if not ours:
-                print(
-                    f"Another process took over {self._workdir}: this one ends, unsaved.", file=sys.stderr, flush=True
-                )
+                say(f"Another process took over {self._workdir}: this one ends, unsaved.")
                 # Not an exception: anything more that is written here could damage the other's files.
                 os._exit(2)
 
@@ -188,8 +180,6 @@ class _ObjectLock:
             except Exception as error:
                 if not file_trouble(error):
                     raise
-                print(
-                    f"The lock of {self._workdir} could not be removed ({error}): the next start waits {STALE:.0f} s for it.",
-                    file=sys.stderr,
-                    flush=True,
+                say(
+                    f"The lock of {self._workdir} could not be removed ({error}): the next start waits {STALE:.0f} s for it."
                 )

@@ -300,6 +300,29 @@ def test_a_fault_of_ours_ends_the_program_at_once():
     assert ended.stderr.startswith("Traceback") and ended.stderr.endswith("KeyError: 'a fault of ours'\n")
 
 
+SAID_TO_A_FULL_LOG = """
+import resource
+from fdm_jax.cli import main
+from fdm_jax.errors import RestartNeeded
+def end(args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))  # from now on there is no room
+    if args.config == "saved":
+        raise RestartNeeded("saved.")
+    print("The table.")
+    return 0
+main.main.__globals__["parse"] = lambda argv: __import__("argparse").Namespace(command="train", run=end, config=argv[0])
+main.entry_point()
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("saved", 75), ("done", 1)])
+def test_the_exit_code_is_had_where_a_log_is_full(tmp_path, how, code):
+    """Launchers go by it, whether there is room for the sentence or not; but a result that is lost is a failure."""
+    with open(tmp_path / "log", "w") as log:
+        command = [sys.executable, "-c", SAID_TO_A_FULL_LOG, how]
+        assert subprocess.run(command, stdout=log, stderr=log).returncode == code
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no device that is always full")
 def test_output_to_a_full_disk():
     """A log is often on the same disk: the exit code is left to say it."""

@@ -94,6 +94,7 @@ def test_signals_reach_the_engine(stage):
         (("build", "--", "train"), "The verb build takes no fdm command."),
         (("run", "--", "train", "--workdir=runs/x"), "--workdir must be in /runs"),
         (("run", "--gpus=a", "--", "train"), "--gpus must be all, or numbers"),
+        (("run", "--data=a:b", "--", "train"), "The folders of --runs and --data cannot have a colon in their names"),
     ],
 )
 def test_bad_input(stage, arguments, sentence):
@@ -103,6 +104,12 @@ def test_bad_input(stage, arguments, sentence):
 def test_without_docker(stage):
     stage.env["PATH"] = str(stage.bin)
     assert stage.refused("container", "build").startswith("There is no 'docker' on the path")
+
+
+def test_a_docker_that_cannot_be_started(stage):
+    (stage.bin / "docker").touch(mode=0o755)
+    (stage.bin / "docker").write_bytes(b"\x7fELF of another machine")
+    assert stage.refused("container", "build").startswith("'docker' cannot be started (Exec format error)")
 
 
 @pytest.mark.parametrize("target", ["gpu", "tpu"])

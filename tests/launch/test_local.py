@@ -254,6 +254,23 @@ def test_under_nohup_a_hang_up_is_nothing(local, handled_by):
     assert launcher.returncode == 75 and local.signals(0) == local.signals(1) == ["SIGTERM"]
 
 
+def test_output_that_nobody_takes_ends_nothing(local):
+    """Here more of it than a pipe holds."""
+    chatty = FDM.replace("hello from", f"{200_000 * 'x'} from").replace("print(", 'index == "0" or print(')
+    local.program("fdm", chatty)
+    arguments = ("--processes=2", *local.fast, "--", "train", "1:exitonce=9")
+    launcher = local.start("local", *arguments)
+    launcher.stdout.close()
+    launcher.stderr.close()
+    assert launcher.wait(timeout=60) == 0 and local.starts(0) == local.starts(1) == 2
+
+
+def test_a_workdir_that_cannot_be_looked_into(local):
+    """As on a file server that is away: the run is started again all the same."""
+    done = local.run("local", *local.fast, "--", "train", "--workdir", 300 * "x", "0:exitonce=1")
+    assert done.returncode == 0 and local.starts() == 2
+
+
 def test_a_signal_ends_the_wait_before_a_restart(local):
     launcher = local.start("local", "--fdm=fdm", "--backoff=100", "--", "train", "0:exit=1")
     while "starting again in 100 s" not in launcher.stderr.readline():
