@@ -125,7 +125,8 @@ idle=0 # stays that ended with code 75, and brought none, in a row
 [ -e "$counts" ] && read -r crashes idle < "$counts"
 
 requeue() {{
-  echo "$crashes $idle" > "$counts" || return # else it might be queued again for ever
+  # Without the counts it might be queued again for ever.
+  echo "$crashes $idle" > "$counts" || {{ give_up "$1, and the file $counts cannot be written"; return; }}
   echo "launch: $1; job $SLURM_JOB_ID is queued again."
   scontrol requeue "$SLURM_JOB_ID"
 }}

@@ -97,6 +97,15 @@ def test_what_the_job_does_with_exit_codes(slurm, codes, requeued):
     assert not (slurm.folder / "fdm-42.restarts").exists()
 
 
+def test_a_job_whose_restarts_cannot_be_counted_is_not_queued_again(slurm):
+    slurm.run("slurm", *ARGUMENTS, *TRAIN)
+    (slurm.folder / "code").write_text("75")
+    (slurm.folder / "fdm-42.restarts").symlink_to("gone/away")
+    job = subprocess.run(["bash", "fdm.sbatch"], cwd=slurm.folder, text=True, capture_output=True, env=slurm.env | JOB)
+    assert job.returncode == 75 and "scontrol requeue 42" not in slurm.calls()
+    assert "not queued again: saved, and the file fdm-42.restarts cannot be written." in job.stdout
+
+
 def test_checkpoints_in_a_bucket_are_seen(slurm):
     listed = "print('gs://b/run/checkpoints/' + str(len(open(os.environ['STAGE'] + '/calls').readlines())) + '/')"
     slurm.program(
