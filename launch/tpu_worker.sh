@@ -16,7 +16,7 @@ script=$repository/launch/tpu_worker.sh
 state=$HOME/fdm_run
 mkdir -p "$state"
 
-note() { cat "$state/$1" 2> /dev/null || echo -; }
+note() { grep . "$state/$1" 2> /dev/null || echo -; } # empty where a full disk left it so
 
 alive() { # FILE WORD: the process whose number is in the file; the word tells it from others
   local pid

@@ -446,3 +446,6 @@ def test_a_worker_without_a_python_that_will_do(pod):
     assert (pod.folder / "make.log").read_text() == "install EXTRA=tpu PYTHON=/fetched/python\n"
     status = subprocess.run([*worker, "status"], cwd=pod.folder, env=pod.env, text=True, capture_output=True)
     assert status.stdout.endswith(f" idle - {COMMIT}\n")
+    (pod.folder / "fdm_run" / "commit").write_text("")  # a full disk
+    status = subprocess.run([*worker, "status"], cwd=pod.folder, env=pod.env, text=True, capture_output=True)
+    assert status.stdout.endswith(" idle - -\n")
