@@ -41,7 +41,7 @@ def test_lock_is_held_and_given_back(store):
     with locking.locked(workdir):
         first = holder(store, "held")
         with pytest.raises(
-            UserError, match=f"Process {first['pid']} on {first['host']} is training in gs://bucket/held"
+            UserError, match=f"Process {first['pid']} on {first['host']} is at work in gs://bucket/held"
         ):
             with locking.locked(workdir):
                 raise AssertionError("two hold it")

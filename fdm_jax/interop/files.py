@@ -20,7 +20,8 @@ from fdm_jax.model import Model, load_run
 from fdm_jax.networks.song_unet import PRESETS, SongUNet
 from fdm_jax.storage_errors import system_fails
 from fdm_jax.training.checkpoints import Checkpoints
-from fdm_jax.whole_files import make_folder, place, write_whole
+from fdm_jax.training.locking import locked
+from fdm_jax.whole_files import place, write_whole
 
 FORMATS = {"safetensors": ".safetensors", "torch": ".pt"}
 _FORMAT = "fdm_jax model, version 1"
@@ -70,27 +71,23 @@ def import_model(path: Path, workdir: Path) -> Model:
     """Loads a model and writes it as the workdir of a run that is over: generation and evaluation take it as any other.
 
     Raises:
-      UserError: see :func:`load_file`; or the workdir holds something already.
+      UserError: see :func:`load_file`; or the workdir holds something already, or another process is at work in it.
     """
-    if (workdir / "config.json").exists():
-        raise UserError(f"{workdir} holds a run already: give another --workdir.")
     model = load_file(path)
-    try:
-        make_folder(workdir)
-    except OSError as error:
-        raise UserError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    steps = checkpoints.steps()
-    if steps not in ([], [0]):  # a run's own begin later
-        raise UserError(f"{workdir} holds checkpoints of a run, though no config.json: give another --workdir.")
-    if steps:  # of an import that was stopped: config.json comes last
-        checkpoints.delete(0)
-    meta = {"config": model.config, "imported": path.name}
-    checkpoints.save_model(0, dict(model.variables), meta)
-    checkpoints.close()
-    write_whole(
-        workdir / "config.json", lambda file: file.write_text(json.dumps(model.config, indent=2, sort_keys=True) + "\n")
-    )
+    with locked(workdir):
+        if (workdir / "config.json").exists():
+            raise UserError(f"{workdir} holds a run already: give another --workdir.")
+        checkpoints = Checkpoints(workdir / "checkpoints")
+        steps = checkpoints.steps()
+        if steps not in ([], [0]):  # a run's own begin later
+            raise UserError(f"{workdir} holds checkpoints of a run, though no config.json: give another --workdir.")
+        if steps:  # of an import that was stopped: config.json comes last
+            checkpoints.delete(0)
+        meta = {"config": model.config, "imported": path.name}
+        checkpoints.save_model(0, dict(model.variables), meta)
+        checkpoints.close()
+        config = json.dumps(model.config, indent=2, sort_keys=True) + "\n"
+        write_whole(workdir / "config.json", lambda file: file.write_text(config))
     return model
 
 

@@ -1,4 +1,4 @@
-"""One training process per workdir."""
+"""One process per workdir that trains, or imports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BEAT, STALE = 15.0, 60.0
 
 @contextlib.contextmanager
 def locked(workdir: Path, hold: bool = True) -> Iterator[None]:
-    """Make the workdir, and keep a second process from training in it; death of the process frees it.
+    """Make the workdir, and keep a second process from working in it; death of the process frees it.
 
     Where the file system has no locks (Lustre and NFS as some clusters mount them), a line says that nobody is kept out.
 
@@ -39,7 +39,7 @@ def locked(workdir: Path, hold: bool = True) -> Iterator[None]:
       hold: False for the other processes of one run, of which the first holds the lock; all of them call.
 
     Raises:
-      UserError: another process trains there, or the workdir cannot be written; in all processes, if in one.
+      UserError: another process trains or imports there, or the workdir cannot be written; in all processes, if in one.
     """
     with contextlib.ExitStack() as stack:
         with all_or_none(f"The workdir {workdir} cannot be had by another process, which says why."):
@@ -48,7 +48,7 @@ def locked(workdir: Path, hold: bool = True) -> Iterator[None]:
 
 
 def _in_use(workdir: Path, by: str = "Another process") -> UserError:
-    return UserError(f"{by} is training in {workdir}: stop it, or give another --workdir.")
+    return UserError(f"{by} is at work in {workdir}: stop it, or give another --workdir.")
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def test_workdir_that_is_in_use(straight_run, data_dir):
     """All end with 2, or a scheduler that goes by the highest code would start them again."""
     with locked(straight_run):
         said = finish(start_all(tiny.arguments(straight_run, data_dir), 2), [2, 2])
-    assert f"Another process is training in {straight_run}: stop it, or give another --workdir." in said[0]
+    assert f"Another process is at work in {straight_run}: stop it, or give another --workdir." in said[0]
     assert f"The workdir {straight_run} cannot be had by another process, which says why." in said[1]
 
 

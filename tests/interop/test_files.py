@@ -26,6 +26,7 @@ from fdm_jax.interop.snapshots import read_snapshot, tensors
 from fdm_jax.interop.state_dict import to_torch
 from fdm_jax.networks import SongUNet
 from fdm_jax.training.checkpoints import Checkpoints
+from fdm_jax.training.locking import locked
 
 SNAPSHOT = GOLDEN / "snapshot-fdm_edm.pkl"
 
@@ -221,6 +222,8 @@ def test_bad_input(imported, tmp_path, capsys):
     new = f"--workdir={tmp_path / 'new'}"
     assert "holds a run already" in refused(capsys, "import", SNAPSHOT, f"--workdir={imported}")
     assert "cannot be read (No such file" in refused(capsys, "import", tmp_path / "nothing.pkl", new)
+    with locked(tmp_path / "other"):
+        assert "Another process is at work in" in refused(capsys, "import", SNAPSHOT, f"--workdir={tmp_path / 'other'}")
     cut = tmp_path / "cut.pkl"
     cut.write_bytes(SNAPSHOT.read_bytes()[:-100])
     assert "damaged or incomplete" in refused(capsys, "import", cut, new)
