@@ -33,7 +33,7 @@ def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch, caps
     monkeypatch.setattr(locking.fcntl, "flock", flock)
     with locking.locked(tmp_path / "run"):
         said = capsys.readouterr().err
-    assert "cannot be locked (Function not implemented): see to it that nothing else trains there." in said
+    assert "cannot be locked (Function not implemented): see to it that nothing else works there." in said
 
 
 def test_lock_is_held_and_given_back(store):

@@ -94,7 +94,9 @@ def _connect() -> None:
 def _leave(number: int, frame: Any) -> None:
     with contextlib.suppress(OSError):  # and not by print, which this may have interrupted
         os.write(2, b"fdm: stopped by SIGTERM; the same command goes on from here.\n")
-    os._exit(RESTART_CODE)  # at once: the others may never come to where processes part
+    # As a rule all are told, and the first one's end would be taken for a loss; but perhaps the others never come to this.
+    _part(10)
+    os._exit(RESTART_CODE)
 
 
 class _Others:

@@ -150,6 +150,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from fdm_jax.evaluation.measures import choose_metrics, measure
     from fdm_jax.training.agreement import all_or_none
+    from fdm_jax.training.locking import locked
 
     made = generated_images(args) if args.images is None else None
     with all_or_none("Another process cannot evaluate, and says why."):
@@ -161,21 +162,22 @@ def _evaluate(args: argparse.Namespace) -> int:
     }  # fmt: skip
     parent = args.workdir / "evaluations" if args.workdir else Path("evaluations")
     folder = args.out or parent / folder_name(images.name, settings)
-    seconds, piece = extract_all(folder, settings, images, extractor, args)
-    # The others wait: JAX would end all of them if the first one took more than five minutes to part from them.
-    with all_or_none("The first process cannot measure the images, and says why."):
-        if jax.process_index() == 0:  # which has all features before it
-            features, logits = gather(folder, range(0, images.num, piece))
-            result = measure(features, logits, reference, extractor, metrics, bootstrap=args.bootstrap)
-            metrics_and_size = {"metrics": _measured_before(folder, settings) | result, "images": len(features)}
-            made_by = {"seconds": round(seconds, 1), "settings": settings, "versions": versions()}
-            write_json(folder / "result.json", metrics_and_size | made_by)
-            if not args.keep_features:
-                remove_folder(folder / FEATURES)
-            _print(result)
-            print(
-                f"{len(features):,} images ({images.name}), features of {extractor.kind}; all of it in {folder}/result.json."
-            )
+    with locked(folder, hold=jax.process_index() == 0):
+        seconds, piece = extract_all(folder, settings, images, extractor, args)
+        # The others wait: JAX would end all of them if the first one took more than five minutes to part from them.
+        with all_or_none("The first process cannot measure the images, and says why."):
+            if jax.process_index() == 0:  # which has all features before it
+                features, logits = gather(folder, range(0, images.num, piece))
+                result = measure(features, logits, reference, extractor, metrics, bootstrap=args.bootstrap)
+                metrics_and_size = {"metrics": _measured_before(folder, settings) | result, "images": len(features)}
+                made_by = {"seconds": round(seconds, 1), "settings": settings, "versions": versions()}
+                write_json(folder / "result.json", metrics_and_size | made_by)
+                if not args.keep_features:
+                    remove_folder(folder / FEATURES)
+                _print(result)
+                print(
+                    f"{len(features):,} images ({images.name}), features of {extractor.kind}; all of it in {folder}/result.json."
+                )
     return 0
 
 

@@ -86,8 +86,8 @@ def _claim(folder: Path, settings: dict[str, Any], piece: int) -> None:
         make_folder(pieces)
         before = read_settings(folder)
         kept = any(pieces.glob("*"))
-        # Settings alone are of a command that failed before its first piece.
-        begun = kept or any(path.name not in (SETTINGS, FEATURES) for path in folder.glob("*"))
+        # Settings alone are of a command that failed before its first piece; hidden files, such as its lock, say nothing.
+        begun = kept or any(path.name not in (SETTINGS, FEATURES) for path in folder.glob("[!.]*"))
         if before is not None:  # perhaps with another --batch, or on other devices, which suit other pieces
             of_before = before.pop("piece", piece)
             piece = of_before if kept else piece

@@ -25,6 +25,8 @@ from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_a
 from fdm_jax.cli.places import path_argument, place_argument
 from fdm_jax.cli.record import SETTINGS, made_otherwise, read_settings
 from fdm_jax.cli.sampling import (
+    Loaded,
+    Sampler,
     add_checkpoint_argument,
     add_class_argument,
     add_sampling_arguments,
@@ -87,6 +89,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
+    import jax
+
+    from fdm_jax.training.locking import locked
+
+    model = load_with_guide(args)
+    sampler = make_sampler(args, model)
+    out = _Output(args.out)
+    with locked(out.folder, hold=jax.process_index() == 0):
+        _fill(out, args, model, sampler, seeds)
+
+
+def _fill(out: _Output, args: argparse.Namespace, model: Loaded, sampler: Sampler, seeds: np.ndarray) -> None:
     """Each process makes every so-manieth batch on its own devices, in a folder that all of them see."""
     import jax
     from tqdm import tqdm
@@ -95,10 +109,7 @@ def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
     from fdm_jax.sampling.generate import BatchedGenerator
     from fdm_jax.training.agreement import all_or_none, check_shared, of_the_first
 
-    model = load_with_guide(args)
-    labels = model.experiment.choose_labels(args.label, seeds)
-    sampler = make_sampler(args, model)
-    out, first = _Output(args.out), jax.process_index() == 0
+    labels, first = model.experiment.choose_labels(args.label, seeds), jax.process_index() == 0
     with all_or_none("The first process cannot write the images, and says why."):
         if first:
             out.claim(sampler.settings)
@@ -135,20 +146,19 @@ class _Output:
     def __init__(self, path: Path):
         if path.suffix not in ("", ".png", ".npz"):
             raise UserError(f"--out must be a folder or end in .png or .npz, and is {path}.")
+        if path.suffix and path.is_dir():
+            raise UserError(f"--out {path} is a folder, where a file was to be written: give another --out.")
         self.path = path
         self.folder = path if path.suffix == "" else path.with_name(f"{path.name}.parts")
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Make the folder.
+        """Say in the folder, which is there and locked, what it is for.
 
         Raises:
-          UserError: it holds images of other settings, or of which nobody knows how they were made; or it cannot be
-            written, or the file cannot.
+          UserError: it holds images of other settings, or of which nobody knows how they were made; or it cannot be written.
         """
         path = self.path
         try:
-            if self.folder != path and path.is_dir():
-                raise UserError(f"--out {path} is a folder, where a file was to be written: give another --out.")
             before, kept = read_settings(self.folder), any(self.folder.glob("*.png"))
             if before is None and kept:
                 raise UserError(
@@ -159,7 +169,6 @@ class _Output:
                     self._clear()  # ours, and of another request
                 elif kept:
                     raise made_otherwise(path, "images", before, settings)
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / SETTINGS, json.dumps(settings, indent=1))
         except OSError as error:
             if disk_full(error):
@@ -203,9 +212,9 @@ class _Output:
             np.savez(temporary, image=images, seed=seeds, label=labels)
             temporary.replace(self.path)
         self._clear()
+        shutil.rmtree(self.folder)
 
     def _clear(self) -> None:
-        """Remove the folder; its settings, without which the pictures would be a stranger's, after them."""
-        for picture in self.folder.glob("*.png"):
-            picture.unlink()
-        shutil.rmtree(self.folder)
+        """Empty the folder, but for its lock; the settings, without which the pictures would be a stranger's, come last."""
+        for file in sorted(self.folder.glob("[!.]*"), key=lambda file: file.name == SETTINGS):
+            file.unlink()

@@ -75,8 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from fdm_jax.cli.evaluate import open_reference
-    from fdm_jax.cli.record import Record
-    from fdm_jax.sampling.generate import NotFinite
+    from fdm_jax.training.locking import locked
 
     seeds, cases = parse_seeds(args.seeds), choose_cases(args)
     need_positive(args, "batch")
@@ -92,6 +91,18 @@ def run(args: argparse.Namespace) -> int:
     judge = None
     if args.ref is not None:
         judge = open_reference(args.ref, args.extractor, args.weights, model.experiment.image_shape)
+    with locked(args.out):
+        return _sweep(args, seeds, cases, model, judge)
+
+
+def _sweep(
+    args: argparse.Namespace, seeds: np.ndarray, cases: list[Case], model: Loaded,
+    judge: tuple[Reference, Extractor] | None,
+) -> int:  # fmt: skip
+    """Go on with the results in the folder, and draw all of them."""
+    from fdm_jax.cli.record import Record
+    from fdm_jax.sampling.generate import NotFinite
+
     record = Record(args.out / "results.jsonl", {
         "workdir": str(resolved(args.workdir)), "seeds": args.seeds, "class": args.label,
         "tolerance": args.tolerance, "sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho,

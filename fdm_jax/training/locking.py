@@ -1,4 +1,4 @@
-"""One process per workdir that trains, or imports."""
+"""One process per folder: a workdir where it trains or imports, or an evaluation's."""
 
 from __future__ import annotations
 
@@ -39,16 +39,17 @@ def locked(workdir: Path, hold: bool = True) -> Iterator[None]:
       hold: False for the other processes of one run, of which the first holds the lock; all of them call.
 
     Raises:
-      UserError: another process trains or imports there, or the workdir cannot be written; in all processes, if in one.
+      UserError: another process is at work there, or it cannot be written; in all processes, if in one.
     """
     with contextlib.ExitStack() as stack:
-        with all_or_none(f"The workdir {workdir} cannot be had by another process, which says why."):
-            stack.enter_context(_remote_lock(workdir, hold) if is_remote(workdir) else _local_lock(workdir, hold))
+        with all_or_none(f"{workdir} cannot be had by another process, which says why."):
+            lock = _remote_lock if is_remote(workdir) else _local_lock
+            stack.enter_context(lock(workdir, hold))
         yield
 
 
 def _in_use(workdir: Path, by: str = "Another process") -> UserError:
-    return UserError(f"{by} is at work in {workdir}: stop it, or give another --workdir.")
+    return UserError(f"{by} is at work in {workdir}: stop it, or give another folder.")
 
 
 @contextlib.contextmanager
@@ -57,7 +58,7 @@ def _local_lock(workdir: Path, hold: bool) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{workdir} cannot be written: {error.strerror}.") from error
     with file:
         if hold:
             try:
@@ -65,9 +66,7 @@ def _local_lock(workdir: Path, hold: bool) -> Iterator[None]:
             except BlockingIOError:
                 raise _in_use(workdir) from None
             except OSError as error:
-                say(
-                    f"The workdir {workdir} cannot be locked ({error.strerror}): see to it that nothing else trains there."
-                )
+                say(f"{workdir} cannot be locked ({error.strerror}): see to it that nothing else works there.")
         yield
 
 
@@ -136,10 +135,10 @@ class _ObjectLock:
             if self._write():
                 return
         except NotFound as error:
-            raise UserError(f"The workdir {self._workdir} cannot be written: there is no such bucket.") from error
+            raise UserError(f"{self._workdir} cannot be written: there is no such bucket.") from error
         except Exception as error:
             if sentence := refusal(error):
-                raise UserError(f"The workdir {self._workdir} cannot be written: {sentence}") from error
+                raise UserError(f"{self._workdir} cannot be written: {sentence}") from error
             raise
         self._generation, owner = self._read()
         holder = f"Process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "Another process"

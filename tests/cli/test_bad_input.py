@@ -182,7 +182,7 @@ def test_workdir_in_use(capsys, tmp_path, data_dir):
     from fdm_jax.training.locking import locked
 
     with locked(tmp_path / "run"):
-        assert "Another process is training" in refused(capsys, tiny.arguments(tmp_path / "run", data_dir))
+        assert "Another process is at work" in refused(capsys, tiny.arguments(tmp_path / "run", data_dir))
 
 
 def test_corrupt_zip_is_named(capsys, tmp_path):

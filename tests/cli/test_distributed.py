@@ -110,8 +110,8 @@ def test_workdir_that_is_in_use(straight_run, data_dir):
     """All end with 2, or a scheduler that goes by the highest code would start them again."""
     with locked(straight_run):
         said = finish(start_all(tiny.arguments(straight_run, data_dir), 2), [2, 2])
-    assert f"Another process is at work in {straight_run}: stop it, or give another --workdir." in said[0]
-    assert f"The workdir {straight_run} cannot be had by another process, which says why." in said[1]
+    assert f"Another process is at work in {straight_run}: stop it, or give another folder." in said[0]
+    assert f"{straight_run} cannot be had by another process, which says why." in said[1]
 
 
 ONE_CANNOT_READ = """
@@ -310,7 +310,9 @@ def test_generated_by_two_processes(straight_run, tmp_path):
 
 @pytest.mark.slow
 def test_generation_that_is_told_to_end(straight_run, tmp_path):
-    """Both keep what they made; the same command, in one process, makes the rest."""
+    """First the one whose end ends the service of both.  They keep what they made; the same command, in one process, makes
+    the rest.
+    """
     more = ["generate", f"--workdir={straight_run}", f"--out={tmp_path}/all", "--steps=3", "--batch=2"]
     processes = start_all([*more, "--seeds=0-999"], 2)
     deadline = time.monotonic() + 120
@@ -319,6 +321,7 @@ def test_generation_that_is_told_to_end(straight_run, tmp_path):
         time.sleep(0.01)
     for process in processes:
         process.send_signal(signal.SIGTERM)
+        time.sleep(1)
     said = finish(processes, [RESTART_CODE] * 2)
     assert all("stopped by SIGTERM" in text for text in said)
     made = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("all/*.png")}

@@ -23,6 +23,7 @@ from fdm_jax.evaluation import classifier
 from fdm_jax.evaluation.frechet import frechet_distance
 from fdm_jax.evaluation.moments import moments
 from fdm_jax.evaluation.references import Reference, save_reference
+from fdm_jax.training.locking import locked
 
 RNG = np.random.default_rng(0)
 
@@ -341,3 +342,10 @@ def test_fid_with_inception_itself(straight_run, data_dir, tmp_path):
     figures = result(tmp_path / "out")["metrics"]
     assert set(figures) == {"fid", "kid", "precision", "recall", "inception_score"}
     assert figures["fid"]["value"] > 0 and figures["fid"]["deviation"] > 0
+
+
+def test_two_at_once_are_not_mixed(place, straight_run, tmp_path, capsys):
+    """The first to end would take away the features that the second still counts on."""
+    with locked(tmp_path):
+        assert evaluate(place, f"--workdir={straight_run}", "--num=20", f"--out={tmp_path}") == 2
+    assert "Another process is at work in" in capsys.readouterr().err and not list(tmp_path.glob("[!.]*"))

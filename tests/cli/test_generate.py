@@ -14,6 +14,7 @@ from fdm_jax.errors import UserError
 from fdm_jax.interop import load_model
 from fdm_jax.sampling.guidance import Guidance
 from fdm_jax.sampling.solvers import SOLVERS
+from fdm_jax.training.locking import locked
 
 
 def generate(workdir, out, *more):
@@ -118,8 +119,7 @@ def test_it_goes_on_after_a_kill_that_came_while_the_pieces_were_removed(straigh
         with pytest.raises(ZeroDivisionError):
             generate(straight_run, out, "--seeds=0-3", "--batch=8")
     parts = tmp_path / "grid.png.parts"
-    assert out.exists() and [path.name for path in parts.iterdir()] == ["settings.json"]
-    (parts / "settings.json").unlink()
+    assert out.exists() and [path.name for path in parts.iterdir()] == [".lock"]
     assert generate(straight_run, out, "--seeds=0-3", "--batch=8") == 0
     assert list(tmp_path.iterdir()) == [out]
 
@@ -141,6 +141,15 @@ def test_settings_of_another_version_are_named(straight_run, tmp_path, capsys):
     assert generate(straight_run, out, "--seeds=0-3", "--batch=8") == 0  # settings of nothing keep nobody out
 
 
+@pytest.mark.parametrize("name", ["out", "out.npz"])
+def test_two_at_once_are_not_mixed(straight_run, tmp_path, capsys, name):
+    """Of an .npz the second would take pictures of the first for its own, whatever they are of."""
+    out = tmp_path / name
+    with locked(tmp_path / ("out.npz.parts" if out.suffix else name)):
+        assert generate(straight_run, out, "--seeds=0-3") == 2
+    assert "Another process is at work in" in capsys.readouterr().err and not list(tmp_path.glob("*/*.json"))
+
+
 def test_pictures_of_others_are_not_taken_for_ours(straight_run, tmp_path, capsys):
     """A data set, say, whose files have the names that seeds would have."""
     out = tmp_path / "out"
@@ -148,7 +157,7 @@ def test_pictures_of_others_are_not_taken_for_ours(straight_run, tmp_path, capsy
     (out / "000000.png").write_bytes(b"mine")
     assert generate(straight_run, out) == 2
     assert f"{out} holds pictures that fdm generate did not make" in capsys.readouterr().err
-    assert (out / "000000.png").read_bytes() == b"mine" and len(list(out.iterdir())) == 1
+    assert (out / "000000.png").read_bytes() == b"mine" and len(list(out.glob("[!.]*"))) == 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\udcff"])
@@ -192,7 +201,7 @@ def test_bad_places(straight_run, tmp_path, capsys):
         assert f"{name} is a folder, where a file was to be written" in capsys.readouterr().err
     for place in ("/proc/out", tmp_path / ("a" * 300), straight_run / "config.json" / "out"):
         assert generate(straight_run, place) == 2
-        assert f"--out {place} cannot be written: " in capsys.readouterr().err
+        assert f"{place} cannot be written: " in capsys.readouterr().err
 
 
 def test_parse_seeds():

@@ -12,6 +12,7 @@ from fdm_jax.cli.main import main
 from fdm_jax.evaluation.references import Reference, save_reference
 from fdm_jax.sampling.linear import Combination, step_call
 from fdm_jax.sampling.solvers import SOLVERS
+from fdm_jax.training.locking import locked
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +126,9 @@ def test_bad_input(straight_run, tmp_path, capsys, arguments, words):
     assert sweep(straight_run, tmp_path / "out", *arguments) == 2
     said = capsys.readouterr().err
     assert words in said and "the ODE's solution:" not in said
+
+
+def test_two_at_once_are_not_mixed(straight_run, tmp_path, capsys):
+    with locked(tmp_path):
+        assert sweep(straight_run, tmp_path) == 2
+    assert "Another process is at work in" in capsys.readouterr().err and not list(tmp_path.glob("[!.]*"))
