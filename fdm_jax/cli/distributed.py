@@ -52,7 +52,7 @@ def joined(how: str, workdir: Path | None, *, leave_on_sigterm: bool = False) ->
 
     _initialise(how)
     if leave_on_sigterm:
-        signal.signal(signal.SIGTERM, _leave)
+        _leave_when_told()
     others = _Others()
     try:
         share_compile_cache(workdir)
@@ -91,12 +91,23 @@ def _connect() -> None:
     jax.block_until_ready(jax.jit(jnp.sum)(each))
 
 
-def _leave(number: int, frame: Any) -> None:
-    with contextlib.suppress(OSError):  # and not by print, which this may have interrupted
-        os.write(2, b"fdm: stopped by SIGTERM; the same command goes on from here.\n")
-    # As a rule all are told, and the first one's end would be taken for a loss; but perhaps the others never come to this.
-    _part(10)
-    os._exit(RESTART_CODE)
+def _leave_when_told() -> None:
+    """End at SIGTERM, wherever the main thread is: it may compile for minutes, or wait for a process that has ended already."""
+    told, tell = socket.socketpair()
+    tell.setblocking(False)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.set_wakeup_fd(tell.fileno())  # gets the numbers of signals as they come
+
+    def leave() -> None:
+        while told.recv(1) != bytes([signal.SIGTERM]):
+            pass
+        say("fdm: stopped by SIGTERM; the same command goes on from here.")
+        # As a rule all are told, and the first one's end would be taken for a loss; but perhaps the others never come to this.
+        _part(10)
+        os._exit(RESTART_CODE)
+
+    threading.Thread(target=leave, daemon=True).start()
+    tell.detach()  # stays open as long as the process
 
 
 class _Others:

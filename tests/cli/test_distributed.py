@@ -4,6 +4,8 @@ import inspect
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -306,6 +308,29 @@ def test_generated_by_two_processes(straight_run, tmp_path):
     assert "10 images in" in said[0] and "images in" not in said[1]
     one, two = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("one", "two"))
     assert np.abs(one - two).max() <= 1 and one.std() > 10
+
+
+TOLD_IN_C = """
+import ctypes, signal
+from fdm_jax.cli.distributed import _leave_when_told
+_leave_when_told()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # so that it does not wake the main thread
+print("up", flush=True)
+ctypes.CDLL(None).sleep(60)
+"""
+
+
+def test_told_to_end_where_python_does_not_come_to_signals():
+    """As in a compilation, or in a sum with a process that has ended."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", TOLD_IN_C], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=50)
+    assert (
+        process.returncode == RESTART_CODE and said == "fdm: stopped by SIGTERM; the same command goes on from here.\n"
+    )
 
 
 @pytest.mark.slow
