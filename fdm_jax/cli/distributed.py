@@ -32,13 +32,13 @@ def add_distributed_argument(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def joined(how: str, workdir: Path | None, *, leave_on_sigterm: bool = False) -> Iterator[None]:
+def joined(how: str, workdir: Path | None, *, leave_when_told: bool = False) -> Iterator[None]:
     """Join the other processes, and part from them in good order; before anything else is done with JAX.
 
     Args:
       how: the argument.
       workdir: the run's, if there is one: see :func:`~fdm_jax.cli.compile_cache.share_compile_cache`.
-      leave_on_sigterm: for work that is kept piece by piece: end at once on SIGTERM, which JAX would else keep to itself
+      leave_when_told: for work that is kept piece by piece: end at once on SIGTERM, which JAX would else keep to itself
         for those who ask its service.
 
     Raises:
@@ -51,7 +51,7 @@ def joined(how: str, workdir: Path | None, *, leave_on_sigterm: bool = False) ->
     import jax
 
     _initialise(how)
-    if leave_on_sigterm:
+    if leave_when_told:
         _leave_when_told()
     others = _Others()
     try:
@@ -60,7 +60,7 @@ def joined(how: str, workdir: Path | None, *, leave_on_sigterm: bool = False) ->
         yield
     except RestartNeeded as error:
         if not isinstance(error, ProcessLost):
-            jax.distributed.shutdown()  # waits for the others, which would else miss the first one and be ended for it
+            _shut_down()  # waits for the others, which would else miss the first one and be ended for it
         raise
     except UserError:
         raise
@@ -70,7 +70,7 @@ def joined(how: str, workdir: Path | None, *, leave_on_sigterm: bool = False) ->
             raise ProcessLost(error) from error
         raise
     else:
-        jax.distributed.shutdown()
+        _shut_down()
     finally:
         others.forget()
 
@@ -91,23 +91,34 @@ def _connect() -> None:
     jax.block_until_ready(jax.jit(jnp.sum)(each))
 
 
+_ENDINGS = {
+    signal.SIGTERM: ("stopped by SIGTERM; the same command goes on from here.", RESTART_CODE),
+    signal.SIGINT: ("stopped; the same command begins again or goes on.", 130),
+}
+
+
 def _leave_when_told() -> None:
-    """End at SIGTERM, wherever the main thread is: it may compile for minutes, or wait for a process that has ended already."""
+    """End at SIGTERM or Ctrl-C, wherever the main thread is: it may compile for minutes, or wait for what has ended already."""
     told, tell = socket.socketpair()
     tell.setblocking(False)
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
     signal.set_wakeup_fd(tell.fileno())  # gets the numbers of signals as they come
+    tell.detach()  # stays open as long as the process
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as shells have it for what runs in the background
+        signal.signal(
+            signal.SIGINT, lambda number, frame: signal.signal(number, signal.SIG_DFL)
+        )  # a second one: at once
 
     def leave() -> None:
-        while told.recv(1) != bytes([signal.SIGTERM]):
+        while (number := told.recv(1)[0]) not in _ENDINGS:
             pass
-        say("fdm: stopped by SIGTERM; the same command goes on from here.")
+        sentence, code = _ENDINGS[signal.Signals(number)]
+        say(f"fdm: {sentence}")
         # As a rule all are told, and the first one's end would be taken for a loss; but perhaps the others never come to this.
         _part(10)
-        os._exit(RESTART_CODE)
+        os._exit(code)
 
     threading.Thread(target=leave, daemon=True).start()
-    tell.detach()  # stays open as long as the process
 
 
 class _Others:
@@ -156,13 +167,15 @@ def leave_together(sentence: str | None, seconds: float = 30) -> None:
     when it is gone.
 
     Args:
-      sentence: what is wrong, for those that do not find it; None if it may pass, and they are to be started again.
+      sentence: what is wrong, for those that do not find it; None if it may pass, and they are to be started again, or
+        if they find it anyway.
       seconds: to wait at most.
     """
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():
         return
-    _part(seconds, sentence and f"process {jax.process_index()} has ended: {sentence}")
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, or one more of them: at once, then
+        _part(seconds, sentence and f"process {jax.process_index()} has ended: {sentence}")
 
 
 def _service() -> Any:
@@ -173,15 +186,26 @@ def _service() -> Any:
     return global_state.client
 
 
+_SHUTTING_DOWN = threading.Lock()
+
+
+def _shut_down() -> None:
+    """Part from the other processes when they do, once: JAX would abort a second thread that does."""
+    import jax
+
+    with _SHUTTING_DOWN:
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()
+
+
 def _part(seconds: float, refusal: str | None = None) -> None:
     """From the other processes, as soon as they do likewise, or after so many seconds."""
-    import jax
 
     def part() -> None:
         with contextlib.suppress(RuntimeError):  # the others are gone already
             if refusal is not None:
                 _service().key_value_set(REFUSAL, refusal, allow_overwrite=True)
-            jax.distributed.shutdown()
+            _shut_down()
 
     parting = threading.Thread(target=part, daemon=True)
     parting.start()

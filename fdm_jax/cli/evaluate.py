@@ -141,7 +141,7 @@ def evaluate(args: argparse.Namespace) -> int:
     check_noise(args)
     if args.bootstrap < 0:
         raise UserError(f"--bootstrap must be 0 or more, and is {args.bootstrap}.")
-    with joined(args.distributed, args.workdir, leave_on_sigterm=True):
+    with joined(args.distributed, args.workdir, leave_when_told=True):
         return _evaluate(args)
 
 

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     seeds = parse_seeds(args.seeds)
     need_positive(args, "batch", "columns", "steps", "nfe")
     check_noise(args)
-    with joined(args.distributed, args.workdir, leave_on_sigterm=True):
+    with joined(args.distributed, args.workdir, leave_when_told=True):
         _generate(args, seeds)
     return 0
 

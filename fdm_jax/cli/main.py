@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
     say(f"fdm {args.command}: {sentence}")
     if code == 2:
         leave_together(sentence)
-    elif code == 1:
+    elif code in (1, 130):
         leave_together(None, seconds=10)  # or alone, from those that wait for this one and then find it gone
     return code
 

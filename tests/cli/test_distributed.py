@@ -313,24 +313,30 @@ def test_generated_by_two_processes(straight_run, tmp_path):
 TOLD_IN_C = """
 import ctypes, signal
 from fdm_jax.cli.distributed import _leave_when_told
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _leave_when_told()
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # so that it does not wake the main thread
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])  # so that they do not wake the main thread
 print("up", flush=True)
 ctypes.CDLL(None).sleep(60)
 """
 
 
-def test_told_to_end_where_python_does_not_come_to_signals():
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGTERM, RESTART_CODE, "fdm: stopped by SIGTERM; the same command goes on from here."),
+        (signal.SIGINT, 130, "fdm: stopped; the same command begins again or goes on."),
+    ],
+)
+def test_told_to_end_where_python_does_not_come_to_signals(number, code, said):
     """As in a compilation, or in a sum with a process that has ended."""
     process = subprocess.Popen(
         [sys.executable, "-c", TOLD_IN_C], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "up\n"
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=50)
-    assert (
-        process.returncode == RESTART_CODE and said == "fdm: stopped by SIGTERM; the same command goes on from here.\n"
-    )
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=50)
+    assert (process.returncode, errors) == (code, said + "\n")
 
 
 @pytest.mark.slow
