@@ -83,10 +83,11 @@ def test_of_two_successors_one_wins(store):
 @pytest.mark.parametrize("heard", [True, False])
 def test_holder_that_was_overtaken_ends(store, heard):
     """Even where nobody takes what it says."""
+    name = f"lost-{heard}"
     program = (
         "import sys, time; from fdm_jax.training import locking; from fdm_jax.whole_files import place\n"
         f"locking.BEAT = {BEAT}\n"
-        "with locking.locked(place('gs://bucket/lost')):\n    print('held', flush=True); time.sleep(60)"
+        f"with locking.locked(place('gs://bucket/{name}')):\n    print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=tiny.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -95,8 +96,8 @@ def test_holder_that_was_overtaken_ends(store, heard):
     if not heard:
         process.stderr.close()
         process.stderr = None
-    store.put("bucket", "lost/.lock", b'{"host": "other", "pid": 7, "token": "x"}')
+    store.put("bucket", f"{name}/.lock", b'{"host": "other", "pid": 7, "token": "x"}')
     _, said = process.communicate(timeout=30)
     assert process.returncode == 2
-    assert not heard or "Another process took over gs://bucket/lost" in said
-    assert holder(store, "lost")["token"] == "x"
+    assert not heard or "Another process took over gs://bucket/lost-True" in said
+    assert holder(store, name)["token"] == "x"
