@@ -55,7 +55,7 @@ def test_dead_holder_is_succeeded(store, capsys):
     store.put("bucket", "dead/.lock", b'{"host": "gone", "pid": 7, "token": "x"}')
     with locking.locked(place("gs://bucket/dead")):
         assert holder(store, "dead")["token"] != "x"
-    assert "Process 7 on gone holds the workdir; waiting" in capsys.readouterr().err
+    assert "Process 7 on gone holds gs://bucket/dead; waiting" in capsys.readouterr().err
     assert store.names("bucket", "dead/") == []
 
 

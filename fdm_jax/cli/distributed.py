@@ -105,9 +105,8 @@ def _leave_when_told() -> None:
     tell.detach()  # stays open as long as the process
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as shells have it for what runs in the background
-        signal.signal(
-            signal.SIGINT, lambda number, frame: signal.signal(number, signal.SIG_DFL)
-        )  # a second one: at once
+        # A second one ends it at once.
+        signal.signal(signal.SIGINT, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
     def leave() -> None:
         while (number := told.recv(1)[0]) not in _ENDINGS:

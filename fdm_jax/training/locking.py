@@ -1,4 +1,4 @@
-"""One process per folder: a workdir where it trains or imports, or an evaluation's."""
+"""One command at a time per folder that commands fill: a workdir, images, an evaluation, a sweep."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class _ObjectLock:
             raise
         self._generation, owner = self._read()
         holder = f"Process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "Another process"
-        say(f"{holder} holds the workdir; waiting {STALE:.0f} s for a sign of life from it.")
+        say(f"{holder} holds {self._workdir}; waiting {STALE:.0f} s for a sign of life from it.")
         deadline = time.monotonic() + STALE
         while self._generation and time.monotonic() < deadline:
             time.sleep(min(BEAT / 3, 1.0))

@@ -128,7 +128,7 @@ def test_two_processes_that_are_killed(store, straight_run, data_dir, tmp_path):
     said = finish(start_all([*arguments, f"--config.train.images={last}"], 2, cache=disks), [0, 0])
     # Compiled programs are kept where a new pod finds them, and not on disks that go with the old one.
     assert store.names("bucket", "pod/.jax_cache/jit_train_step-") and not list(tmp_path.glob("disk_of_?/*"))
-    assert "holds the workdir; waiting 60 s" in said[0] and "Going on from step" in said[0]
+    assert "holds gs://bucket/pod; waiting 60 s" in said[0] and "Going on from step" in said[0]
     assert all("is damaged" in text for text in said) and store.names("bucket", "pod/damaged/")
     straight = tmp_path / "straight"
     assert main(tiny.arguments(straight, data_dir, f"--config.train.images={last}")) == 0
