@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +58,19 @@ def save_png(image: Image.Image | np.ndarray, path: str | os.PathLike[str]) -> N
     _write(path, lambda file: picture.save(file, format="PNG"))
 
 
+@contextlib.contextmanager
+def default_style() -> Iterator[None]:
+    """matplotlib with its own settings, for a block or, as a decorator, a function.
+
+    What is in a user's matplotlibrc is for other figures: LaTeX that is not installed would end a run at its first plot.
+    """
+    from matplotlib import style  # takes half a second, which most commands need not wait
+
+    with style.context("default"):
+        yield
+
+
+@default_style()
 def curves_png(
     path: str | os.PathLike[str],
     series: Mapping[str, tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]],
@@ -79,9 +93,7 @@ def curves_png(
     Raises:
       UserError: the file cannot be written.
     """
-    # Here because it takes half a second that most commands need not wait; not pyplot, which keeps figures and
-    # may want a display.
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and may want a display
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes: Any = figure.subplots()
@@ -135,6 +147,7 @@ def log_scale(axis: Any, values: Sequence[float], least: float = 2.5) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+@default_style()
 def rows_png(path: str | os.PathLike[str], rows: Mapping[str, np.ndarray]) -> None:
     """Draw rows of images under each other, each with its name at the left, into a PNG.
 

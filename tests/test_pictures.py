@@ -2,12 +2,15 @@
 
 import sys
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
 from fdm_jax.errors import UserError
-from fdm_jax.pictures import curves_png, image_grid, save_png
+from fdm_jax.pictures import curves_png, image_grid, rows_png, save_png
+from fdm_jax.reporting.plots import sweep_png
+from fdm_jax.reporting.runs import Case, Run
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
@@ -77,6 +80,28 @@ def test_curves_are_a_png_drawn_without_pyplot(tmp_path):
         assert len(picture.convert("RGB").getcolors(2**20)) > 10
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
     assert ("matplotlib.pyplot" in sys.modules) == pyplot_before
+
+
+CASE = Case(Run("run", {"momentum.enabled": True}), "heun", 9, {"FID": (2.0, None)})
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: curves_png(path, {"FDM": ([1, 2], [3, 1])}, "images seen", "loss"),
+        lambda path: rows_png(path, {"edited": np.zeros((3, 8, 8, 1), np.uint8)}),
+        lambda path: path.write_bytes(sweep_png([CASE], ["FID"], {"heun": "o"})),
+    ],
+    ids=["curves", "rows", "sweep"],
+)
+def test_settings_of_the_user_for_other_figures(tmp_path, draw):
+    """LaTeX, which few machines have, would end a run at its first plot."""
+    draw(tmp_path / "plain.png")
+    settings = {"text.usetex": True, "savefig.bbox": "tight", "lines.linewidth": 9, "image.cmap": "jet"}
+    with matplotlib.rc_context(settings):
+        draw(tmp_path / "set.png")
+        assert all(matplotlib.rcParams[name] == value for name, value in settings.items())
+    assert (tmp_path / "set.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
 
 
 def test_mistakes_are_sentences(tmp_path):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fdm_jax.pictures import log_scale, own_ticks, thousands
+from fdm_jax.pictures import default_style, log_scale, own_ticks, thousands
 from fdm_jax.reporting.runs import Case, Pair, Point, Run, common_point
 
 
@@ -43,6 +43,7 @@ def training_axes(runs: Sequence[Run]) -> list[Axis]:
     return axes
 
 
+@default_style()
 def curves_png(runs: Sequence[Run], figure: str, label: str) -> bytes | None:
     """A figure of all runs on each axis that there is; None unless some run has two values of it."""
     if all(len(run.points(figure)) < 2 for run in runs):
@@ -63,6 +64,7 @@ def curves_png(runs: Sequence[Run], figure: str, label: str) -> bytes | None:
     return _png(canvas)
 
 
+@default_style()
 def small_png(runs: Sequence[Run], panels: Sequence[tuple[str, Mapping[str, list[Point]]]]) -> bytes | None:
     """Small plots over images seen, three in a row.
 
@@ -90,6 +92,7 @@ def small_png(runs: Sequence[Run], panels: Sequence[tuple[str, Mapping[str, list
     return _png(canvas)
 
 
+@default_style()
 def sigma_png(runs: Sequence[Run], pairs: Sequence[Pair]) -> bytes:
     """Error against noise level, and the ratio to the baseline's error."""
     ratios = [(pair.run, ratio) for pair in pairs if len(ratio := _ratios(pair)) > 1]
@@ -124,6 +127,7 @@ def _ratios(pair: Pair) -> list[tuple[float, Point]]:
     return found
 
 
+@default_style()
 def sweep_png(cases: Sequence[Case], figures: Sequence[str], marks: Mapping[str, str]) -> bytes:
     """Each figure against NFE; colours are runs, marks are solvers."""
     columns = min(len(figures), 2)
