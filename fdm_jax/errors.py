@@ -35,11 +35,22 @@ def with_causes(error: BaseException | None) -> Iterator[BaseException]:
 _RUNTIME = ("JaxRuntimeError", "XlaRuntimeError")
 
 
+# How JAX says of a platform that it is not installed; another may be in use by a process that is about to end.
+_NOT_INSTALLED = ("is not in the list of known backends", "cannot open shared object file")
+
+
+def not_installed(error: BaseException) -> bool:
+    """Whether an error says that JAX has no such platform."""
+    return any(words in str(error) for words in _NOT_INSTALLED)
+
+
 def lost_another(error: BaseException | None) -> bool:
-    """Whether an error, or one behind it, is of communication with another process, and not of memory, arguments or code."""
+    """Whether an error, or one behind it, is of communication with another process, and not of this one's own making."""
     own = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION: Buffer")
     for each in with_causes(error):
         text = str(each)
+        if not_installed(each):
+            return False
         if type(each).__name__ in _RUNTIME:
             return not text.startswith(own)
         if isinstance(each, ValueError) and "Gloo" in text:  # what jax 0.7 makes of it where a program is launched

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fdm_jax.cli.main import devices_failed
 from fdm_jax.errors import lost_another, memory_full
 
 
@@ -37,6 +38,13 @@ def behind(cause):
     return error
 
 
+def not_started(cause, said):
+    """As JAX raises it at the first use of a device."""
+    error = RuntimeError(f"Unable to initialize backend 'tpu': {said}")
+    error.__context__ = jax.errors.JaxRuntimeError(cause)
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [
@@ -47,7 +55,31 @@ def behind(cause):
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
         (ValueError("operands could not be broadcast together"), False),
         (behind(KeyError("train")), False),
+        (not_started("UNAVAILABLE: a host does not answer", "the same"), True),
+        (not_started("INTERNAL: no libtpu", "libtpu.so: cannot open shared object file"), False),
     ],
 )
 def test_another_process_is_lost(error, lost):
     assert lost_another(error) is lost
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (RuntimeError("Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process 7."), True),
+        (
+            behind(RuntimeError("Unable to initialize backend 'x': Backend 'x' is not in the list of known backends")),
+            False,
+        ),
+    ],
+)
+def test_devices_that_do_not_start(error, passing):
+    sentence, may_pass = devices_failed(error)
+    assert sentence.startswith("JAX does not start: Unable to initialize backend '") and may_pass is passing
+
+
+def test_devices_are_not_to_blame_for_other_errors():
+    assert devices_failed(None) is None and devices_failed(RuntimeError("a thread failed")) is None
+    with pytest.raises(AssertionError) as wrong:
+        assert not jax.devices()
+    assert devices_failed(wrong.value) is None

@@ -48,7 +48,6 @@ def joined(how: str, workdir: Path | None, *, leave_when_told: bool = False) -> 
     if how == "off":
         yield
         return
-    import jax
 
     _initialise(how)
     if leave_when_told:
@@ -65,7 +64,7 @@ def joined(how: str, workdir: Path | None, *, leave_when_told: bool = False) -> 
     except UserError:
         raise
     except Exception as error:
-        if jax.process_count() > 1 and lost_another(error):
+        if _state().num_processes > 1 and lost_another(error):
             others.end_if_refused()
             raise ProcessLost(error) from error
         raise
@@ -174,15 +173,20 @@ def leave_together(sentence: str | None, seconds: float = 30) -> None:
     if jax is None or not jax.distributed.is_initialized():
         return
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, or one more of them: at once, then
-        _part(seconds, sentence and f"process {jax.process_index()} has ended: {sentence}")
+        _part(seconds, sentence and f"process {_state().process_id} has ended: {sentence}")
+
+
+def _state() -> Any:
+    """What JAX knows of the processes: num_processes, process_id and client, before it starts on their devices."""
+    # No public name leads to it; Orbax takes this one too, of all releases from 0.7.2 to 0.12.
+    from jax._src.distributed import global_state
+
+    return global_state
 
 
 def _service() -> Any:
     """What connects the processes, and keeps a few words for all of them."""
-    # No public name leads to it; Orbax takes this one too, of all releases from 0.7.2 to 0.12.
-    from jax._src.distributed import global_state
-
-    return global_state.client
+    return _state().client
 
 
 _SHUTTING_DOWN = threading.Lock()

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, TextIO
 
@@ -18,7 +19,7 @@ from fdm_jax import __version__
 from fdm_jax.cli.compile_cache import compile_cache
 from fdm_jax.cli.distributed import leave_together
 from fdm_jax.cli.places import check_local
-from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError, memory_full
+from fdm_jax.errors import RESTART_CODE, RestartNeeded, UserError, memory_full, not_installed, with_causes
 from fdm_jax.host_memory import keep_freed_memory
 from fdm_jax.progress import say
 from fdm_jax.storage_errors import disk_full, file_trouble, may_pass, refusal
@@ -91,8 +92,7 @@ def main(argv: Sequence[str]) -> int:
         logging.set_verbosity(logging.FATAL)  # libraries report at length what is said in a sentence here
         keep_freed_memory()
         avoid_slow_convolutions()
-        # JAX's default, and one of two ways to draw from a key: a run draws alike whatever the environment asks for.
-        os.environ["JAX_THREEFRY_PARTITIONABLE"] = "1"
+        os.environ.update(_ENVIRONMENT)
         with compile_cache():
             return args.run(args)
     except UserError as error:
@@ -113,6 +113,10 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
+# JAX's defaults, so that a run draws alike whatever the environment asks for: one of two ways to draw from a key, and seeds
+# as they are.  And pictures are drawn into files.
+_ENVIRONMENT = {"JAX_THREEFRY_PARTITIONABLE": "1", "JAX_RANDOM_SEED_OFFSET": "0", "MPLBACKEND": "agg"}
+
 _GO_ON = "nothing already saved is lost, and the same command goes on."
 
 
@@ -125,8 +129,32 @@ def _explained(error: Exception, args: argparse.Namespace) -> tuple[str, int] | 
         return f"{trouble.sentence}; {_GO_ON}", 1 if trouble.may_pass else 2
     if refused := refusal(error):
         return refused, 2
+    if failed := devices_failed(error):
+        sentence, passing = failed
+        return sentence, 1 if passing else 2
     if said := memory_full(error):
         return f"Memory is full ({said}): {_less_memory(args)}. Nothing already saved is lost.", 2
+    return None
+
+
+def devices_failed(error: BaseException | None) -> tuple[str, bool] | None:
+    """(a sentence, whether it may pass by itself) if an error or one behind it is that JAX cannot start on its devices."""
+    for each in with_causes(error):
+        said = " ".join(str(each).split())
+        if isinstance(each, RuntimeError) and said.startswith(
+            "Unable to initialize backend"
+        ):  # with a remedy at its end
+            return f"JAX does not start: {said}", not not_installed(each)
+        if (
+            isinstance(each, AssertionError) and each.__traceback__
+        ):  # wordless, where none of JAX_PLATFORMS has a device
+            *_, (frame, _) = traceback.walk_tb(each.__traceback__)
+            if frame.f_globals.get("__name__") == "jax._src.xla_bridge":
+                asked = os.environ.get("JAX_PLATFORMS")
+                return (
+                    f"JAX_PLATFORMS is {asked!r}, and there is no such device here: unset it, or take another.",
+                    False,
+                )
     return None
 
 

@@ -300,6 +300,23 @@ def test_a_fault_of_ours_ends_the_program_at_once():
     assert ended.stderr.startswith("Traceback") and ended.stderr.endswith("KeyError: 'a fault of ours'\n")
 
 
+@pytest.mark.parametrize(
+    ("platforms", "sentence"),
+    [
+        ("nonsense", "JAX does not start: Unable to initialize backend 'nonsense'"),
+        pytest.param(
+            "cuda", "JAX_PLATFORMS is 'cuda', and there is no such device here: unset it, or take another.",
+            marks=pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is one"),
+        ),
+    ],
+)  # fmt: skip
+def test_devices_that_are_not_here(monkeypatch, platforms, sentence):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    bench = [sys.executable, "-m", "fdm_jax", "bench", "--what=train", "--config=configs/edm.py:digits"]
+    ended = subprocess.run(bench, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith(f"fdm bench: {sentence}")
+
+
 SAID_TO_A_FULL_LOG = """
 import resource
 from fdm_jax.cli import main

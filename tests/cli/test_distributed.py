@@ -291,6 +291,25 @@ def test_process_that_ends_alone_for_what_the_user_can_mend(data_dir, tmp_path, 
     assert said[1 - refusing].endswith(f"fdm: process {refusing} has ended: Image 17 is damaged.\n")
 
 
+PLATFORM_FOR_ONE = """
+import os, sys
+if sys.argv[-1].endswith(",REFUSING"):
+    os.environ["JAX_PLATFORMS"] = "nonsense"
+from fdm_jax.cli.main import entry_point
+entry_point()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refusing", [0, 1])
+def test_devices_that_one_process_lacks(data_dir, tmp_path, refusing):
+    """The other one waits for it, and is told."""
+    program = ("-c", PLATFORM_FOR_ONE.replace("REFUSING", str(refusing)))
+    said = finish(start_all(tiny.arguments(tmp_path / "run", data_dir), 2, program=program), [2, 2])
+    assert "\nfdm train: JAX does not start: Unable to initialize backend 'nonsense'" in said[refusing]
+    assert f"\nfdm: process {refusing} has ended: JAX does not start:" in said[1 - refusing]
+
+
 def test_different_commands_in_two_processes(data_dir, tmp_path):
     """One would save where the other does not, and wait for it; its paths and threads are each one's own affair."""
     free = [data_dir, "--config.data.threads=1HOST", "--config.data.cache_mb=10HOST"]
