@@ -40,6 +40,7 @@ _REMEDIES = {
     errno.EROFS: _RIGHTS,
     errno.EMFILE: _OPEN,
     errno.ENFILE: _OPEN,
+    errno.EFBIG: "let files be larger (`ulimit -f`), or take another disk",
 }
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
 

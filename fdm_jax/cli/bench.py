@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdm_jax.cli.checks import need_positive
 from fdm_jax.errors import UserError, nearest
+from fdm_jax.host_memory import check_program
 from fdm_jax.progress import say
 
 if TYPE_CHECKING:
@@ -286,9 +287,16 @@ MEASURES: dict[str, Callable[[Case, argparse.Namespace], dict[str, Any]]] = {
 
 def _compile(jitted: Any, *args: Any) -> tuple[Any, float]:
     """The program for these arguments, and the seconds that tracing and compiling it took."""
+    import jax
+
+    from fdm_jax.devices import ON_HOST
+
     start = time.perf_counter()
     compiled = jitted.lower(*args).compile()
-    return compiled, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    if jax.default_backend() in ON_HOST:
+        check_program(compiled, jax.local_device_count())
+    return compiled, seconds
 
 
 def time_calls(call: Callable[[], Any], repeats: int, calls: int) -> list[float]:

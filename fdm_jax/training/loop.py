@@ -17,9 +17,10 @@ from fdm_jax import pictures
 from fdm_jax.data.pipeline import Batches, make_batches
 from fdm_jax.data.sources import Source
 from fdm_jax.defaults import to_json
-from fdm_jax.devices import make_mesh, put, replicated
+from fdm_jax.devices import ON_HOST, make_mesh, put, replicated
 from fdm_jax.errors import RestartNeeded, UserError, lost_another
 from fdm_jax.experiment import Experiment
+from fdm_jax.host_memory import check_program
 from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
 from fdm_jax.storage_errors import file_trouble
@@ -128,6 +129,7 @@ class _Run:
             num_workers=self.config.data.workers,
         )
         # Batches on the devices, not used yet: how many together, and they.
+        self.untried = True  # the program that it sends
         self.placed: collections.deque[tuple[int, Any]] = collections.deque()
         self.generator: BatchedGenerator | None = None
         self.log_steps = self._steps(self.config.log.every_images)
@@ -298,7 +300,12 @@ class _Run:
     def _send(self) -> None:
         """Send the next step, or several as one program, to the devices."""
         count, batch = self._next_batches()
-        run = self.parallel.step if count == 1 else self.parallel.steps
+        run: Any = self.parallel.step if count == 1 else self.parallel.steps
+        if (
+            self.untried and jax.default_backend() in ON_HOST and self.config.parallel != "pmap"
+        ):  # which compiles by itself
+            check_program(run.lower(self.state, batch).compile(), jax.local_device_count())
+        self.untried = False
         self.state, metrics = run(self.state, batch)
         self.step += count
         self.meter.sent(metrics)

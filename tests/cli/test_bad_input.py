@@ -213,6 +213,7 @@ TENSORSTORE = 'Error writing "ema/.zarray" in OCDBT database at local file "/a/b
             2, "/a/b/ cannot be used (Permission denied): give the right to it",
         ),
         (OSError(errno.EMFILE, "?", "/a/x"), 2, "/a/x cannot be used (Too many open files): let more files be open"),
+        (OSError(errno.EFBIG, "?", "/a/x"), 2, "/a/x cannot be used (File too large): let files be larger"),
         (OSError(errno.EROFS, "?"), 2, "A file cannot be used (Read-only file system)"),
         (OSError(errno.ESTALE, "?", "/a/x"), 1, "/a/x cannot be used (Stale file handle): wait until its disk, or the"),
         (
@@ -389,3 +390,13 @@ def test_gradients_that_are_bad_to_the_end_of_a_short_run_are_named(capsys, tmp_
     assert main(arguments) == 0
     said = capsys.readouterr().err
     assert "values of gradients were not finite since the last line" in said
+
+
+@pytest.mark.parametrize("command", ["train", "bench"])
+def test_a_step_that_outgrows_the_machine(command, data_dir, tmp_path, capsys, monkeypatch):
+    """Linux would give the memory and kill the program that uses it."""
+    monkeypatch.setattr("fdm_jax.host_memory.machine_memory", lambda: 2**20)
+    train = tiny.arguments(tmp_path / "run", data_dir)
+    bench = ["bench", "--what=train", *(a for a in train[1:] if a.startswith("--config"))]
+    sentence = refused(capsys, {"train": train, "bench": bench}[command], started=True)
+    assert "Memory is full (the program takes 0.0 GiB, and there are 0.0 GiB): give a smaller --" in sentence
