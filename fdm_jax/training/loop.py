@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from fdm_jax import pictures
 from fdm_jax.data.pipeline import Batches, make_batches
@@ -93,6 +95,15 @@ def train(experiment: Experiment, source: Source, workdir: Path, watch: Callable
     with locked(workdir, hold=jax.process_index() == 0):
         check_shared(workdir)
         return _Run(experiment, source, workdir).train(watch)
+
+
+def _check_gradients(config: ConfigDict, checkpoints: Checkpoints, metrics: dict[str, float]) -> None:
+    if metrics["bad_steps"] >= config.train.max_bad_steps:
+        raise UserError(
+            f"The gradients were not finite in {int(metrics['bad_steps'])} steps in a row: train.learning_rate "
+            f"({config.train.learning_rate}) may be too high; the newest checkpoint is of step "
+            f"{max(checkpoints.steps(), default=0)}."
+        )
 
 
 class _Run:
@@ -206,7 +217,10 @@ class _Run:
         self.progress = Progress(self.total_steps * self.batch_size, self.nimg, quiet=not self.main)
         if self.step:
             self.progress.say(f"Going on from step {self.step:,} ({self.nimg:,} images).")
-        self.meter = Meter(self.batch_size, self.parallel.get_metrics, self._check_gradients)
+        check = functools.partial(
+            _check_gradients, self.config, self.checkpoints
+        )  # no method, which would keep the state
+        self.meter = Meter(self.batch_size, self.parallel.get_metrics, check)
 
     @property
     def nimg(self) -> int:
@@ -220,14 +234,6 @@ class _Run:
     def _due(self, every: int | None) -> bool:
         """Whether what is done every so many steps, and at the end, is to be done now."""
         return every is not None and (self.step % every == 0 or self.step == self.total_steps)
-
-    def _check_gradients(self, metrics: dict[str, float]) -> None:
-        if metrics["bad_steps"] >= self.config.train.max_bad_steps:
-            raise UserError(
-                f"The gradients were not finite in {int(metrics['bad_steps'])} steps in a row: train.learning_rate "
-                f"({self.config.train.learning_rate}) may be too high; the newest checkpoint is of step "
-                f"{max(self.checkpoints.steps(), default=0)}."
-            )
 
     def _report(self) -> None:
         """A row of the steps since the last one."""

@@ -1,5 +1,6 @@
 """A run that is stopped, killed or damaged and started again equals one that was not, bit for bit."""
 
+import gc
 import shutil
 import signal
 import time
@@ -210,3 +211,16 @@ def test_where_none_can_be_read_none_is_moved(straight_run, data_dir, tmp_path, 
     assert f"None of the 4 checkpoints in {workdir / 'checkpoints'} can be read (" in said
     assert "all are left as they are; mend the cause, or start again with another --workdir." in said
     assert {path: path.stat().st_size for path in (workdir / "checkpoints").rglob("*")} == before
+
+
+def test_a_run_that_has_ended_leaves_nothing_on_the_devices(data_dir, tmp_path):
+    """At once, and not when Python looks for cycles: in a notebook the next run may need the memory."""
+    gc.collect()
+    gc.disable()
+    before = {id(array) for array in jax.live_arrays()}
+    try:
+        assert main(tiny.arguments(tmp_path / "run", data_dir, "--config.train.images=48")) == 0
+        left = [array.shape for array in jax.live_arrays() if id(array) not in before and array.size > 100]
+    finally:
+        gc.enable()
+    assert not left
