@@ -81,9 +81,11 @@ class Model:
 
     @functools.cached_property
     def _denoise(self) -> Callable[..., jax.Array]:
+        family, network = self.family, self.network  # self would be a cycle, which keeps the variables for a while
+
         @jax.jit
         def denoise(variables: Any, *args: Any) -> jax.Array:
-            return make_denoise_fn(self.family, functools.partial(self.network.apply, variables))(*args)
+            return make_denoise_fn(family, functools.partial(network.apply, variables))(*args)
 
         return denoise
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -100,6 +101,20 @@ def start(arguments, devices=1, program=("-m", "fdm_jax"), cache=None, **kwargs)
         [sys.executable, *program, *arguments], env=environment(devices, cache), cwd=tiny.ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def nothing_left_on_devices():
+    """What the block made is freed when its last name is gone, and not when Python looks for cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(array) for array in jax.live_arrays()}
+        yield
+        left = [array.shape for array in jax.live_arrays() if id(array) not in before and array.size > 100]
+    finally:
+        gc.enable()
+    assert not left
 
 
 def free_port():

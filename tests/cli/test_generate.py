@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from cli.conftest import start
+from cli.conftest import nothing_left_on_devices, start
 from PIL import Image
 
 from fdm_jax.cli import generate as generate_module
@@ -72,6 +72,8 @@ def test_models_are_loaded_from_runs_and_files(straight_run, tmp_path):
     assert main(["export", f"--workdir={straight_run}", f"--out={out}"]) == 0
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 1), np.float32)
     np.testing.assert_array_equal(load_model(out).denoise(x, 2.0), model.denoise(x, 2.0))
+    with nothing_left_on_devices():
+        load_model(straight_run).denoise(x, 2.0)
     guided = model.sampler(steps=2, batch_size=8, guidance=Guidance(scale=2.0), guide=load_model(straight_run, 12))
     assert (guided([0], 3) != model.sampler(steps=2, batch_size=8)([0], 3)).any()
     with pytest.raises(UserError, match="A guide needs guidance"):

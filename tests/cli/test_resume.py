@@ -1,6 +1,5 @@
 """A run that is stopped, killed or damaged and started again equals one that was not, bit for bit."""
 
-import gc
 import shutil
 import signal
 import time
@@ -10,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
-from cli.conftest import assert_same_end, checkpoint, rows, start
+from cli.conftest import assert_same_end, checkpoint, nothing_left_on_devices, rows, start
 
 from fdm_jax.cli.main import main
 from fdm_jax.evaluation.denoising import DenoisingError
@@ -214,13 +213,6 @@ def test_where_none_can_be_read_none_is_moved(straight_run, data_dir, tmp_path, 
 
 
 def test_a_run_that_has_ended_leaves_nothing_on_the_devices(data_dir, tmp_path):
-    """At once, and not when Python looks for cycles: in a notebook the next run may need the memory."""
-    gc.collect()
-    gc.disable()
-    before = {id(array) for array in jax.live_arrays()}
-    try:
+    """In a notebook the next run may need the memory."""
+    with nothing_left_on_devices():
         assert main(tiny.arguments(tmp_path / "run", data_dir, "--config.train.images=48")) == 0
-        left = [array.shape for array in jax.live_arrays() if id(array) not in before and array.size > 100]
-    finally:
-        gc.enable()
-    assert not left
