@@ -129,7 +129,9 @@ def environment(index: int, args: argparse.Namespace) -> dict[str, str]:
     if args.gpus is not None:
         gpus = args.gpus.split(",")
         share = len(gpus) // count_processes(args)
-        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index * share : (index + 1) * share])}
+        # Where they do not start, JAX would else go on with the CPU.
+        platforms = os.environ.get("JAX_PLATFORMS") or "cuda,cpu"
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index * share : (index + 1) * share]), "JAX_PLATFORMS": platforms}
     return {}
 
 

@@ -116,6 +116,9 @@ TEMPLATE = """\
 {options}
 {setup}set -uo pipefail
 
+# Where a GPU does not start, JAX would else go on with the CPU.
+export JAX_PLATFORMS="${{JAX_PLATFORMS:-cuda,cpu}}"
+
 newest() {{ {listing} 2> /dev/null | sed 's,/$,,; s,.*/,,' | grep -x '[0-9]*' | sort -n | tail -n 1; }}
 
 # Slurm's own SLURM_RESTART_COUNT also counts the stays that ended at the limit of time.

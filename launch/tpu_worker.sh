@@ -89,7 +89,8 @@ case $1 in
     shift
     cd "$repository"
     echo $$ > "$state/supervisor"
-    .venv/bin/fdm "$@" &
+    # Where the TPU does not start (a process that ends may still have it), JAX would else go on with the CPU.
+    JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} .venv/bin/fdm "$@" &
     echo $! > "$state/pid"
     code=0
     wait $! || code=$?

@@ -79,10 +79,11 @@ def test_commands_of_a_dry_run(local):
     assert done.returncode == 0 and local.bash_accepts(done.stdout) and not local.starts()
     done = local.run("local", "--dry-run", "--gpus=0,1,4,5", "--processes=2", "--port=9", "--fdm=python -m x", *fdm)
     assert [line.split(" --config")[0] for line in done.stdout.splitlines()] == [
-        "env CUDA_VISIBLE_DEVICES=0,1 python -m x train", "env CUDA_VISIBLE_DEVICES=4,5 python -m x train",
+        "env CUDA_VISIBLE_DEVICES=0,1 JAX_PLATFORMS=cuda,cpu python -m x train",
+        "env CUDA_VISIBLE_DEVICES=4,5 JAX_PLATFORMS=cuda,cpu python -m x train",
     ]  # fmt: skip
     done = local.run("local", "--dry-run", "--gpus=0,1", "--port=9", "--fdm=fdm", *fdm)
-    assert "env CUDA_VISIBLE_DEVICES=1 fdm train" in done.stdout.splitlines()[1]
+    assert "env CUDA_VISIBLE_DEVICES=1 JAX_PLATFORMS=cuda,cpu fdm train" in done.stdout.splitlines()[1]
     done = local.run("local", "--dry-run", "--port=9", "--fdm=fdm", *fdm)
     assert done.stdout == f"{train} --distributed=localhost:9,1,0\n"
 

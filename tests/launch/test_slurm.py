@@ -36,6 +36,7 @@ stage, name = pathlib.Path(os.environ["STAGE"]), pathlib.Path(sys.argv[0]).name
 with open(stage / "calls", "a") as calls:
     calls.write(" ".join([name, *sys.argv[1:]]) + "\n")
 if name == "srun":
+    assert os.environ["JAX_PLATFORMS"] == "cuda,cpu"
     code, _, saved = (stage / "code").read_text().strip().partition(" ")
     if saved:
         (stage / "runs" / "my run" / "checkpoints" / saved).mkdir(parents=True)

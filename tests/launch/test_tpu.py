@@ -123,6 +123,7 @@ shutil.copy(os.environ["STAGE"] + "/bin/worker_fdm", folder / "fdm")
 FDM = r"""
 import json, os, pathlib, signal, sys, time
 stage, home = pathlib.Path(os.environ["STAGE"]), pathlib.Path(os.environ["HOME"])
+assert os.environ["JAX_PLATFORMS"] == "tpu,cpu"
 def save(*_):
     os._exit(75)
 signal.signal(signal.SIGTERM, save)
