@@ -114,8 +114,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 # JAX's defaults, so that a run draws alike whatever the environment asks for: one of two ways to draw from a key, and seeds
-# as they are.  And pictures are drawn into files.
-_ENVIRONMENT = {"JAX_THREEFRY_PARTITIONABLE": "1", "JAX_RANDOM_SEED_OFFSET": "0", "MPLBACKEND": "agg"}
+# as they are.
+_ENVIRONMENT = {"JAX_THREEFRY_PARTITIONABLE": "1", "JAX_RANDOM_SEED_OFFSET": "0"}
 
 _GO_ON = "nothing already saved is lost, and the same command goes on."
 
@@ -141,13 +141,10 @@ def devices_failed(error: BaseException | None) -> tuple[str, bool] | None:
     """(a sentence, whether it may pass by itself) if an error or one behind it is that JAX cannot start on its devices."""
     for each in with_causes(error):
         said = " ".join(str(each).split())
-        if isinstance(each, RuntimeError) and said.startswith(
-            "Unable to initialize backend"
-        ):  # with a remedy at its end
+        if isinstance(each, RuntimeError) and said.startswith("Unable to initialize backend"):
             return f"JAX does not start: {said}", not not_installed(each)
-        if (
-            isinstance(each, AssertionError) and each.__traceback__
-        ):  # wordless, where none of JAX_PLATFORMS has a device
+        # Wordless, where no platform of JAX_PLATFORMS has a device.
+        if isinstance(each, AssertionError) and each.__traceback__:
             *_, (frame, _) = traceback.walk_tb(each.__traceback__)
             if frame.f_globals.get("__name__") == "jax._src.xla_bridge":
                 asked = os.environ.get("JAX_PLATFORMS")
@@ -174,6 +171,8 @@ def _less_memory(args: argparse.Namespace) -> str:
 def entry_point() -> None:
     """The console script."""
     sys.unraisablehook = _leave_out_echoes
+    # Pictures are drawn into files, and matplotlib refuses to be imported for a back end that it does not know.
+    os.environ["MPLBACKEND"] = "agg"
     code = 0
     try:
         try:

@@ -140,7 +140,7 @@ class _Run:
             num_workers=self.config.data.workers,
         )
         # Batches on the devices, not used yet: how many together, and they.
-        self.untried = True  # the program that it sends
+        self.untried = True  # until the first program was held against the memory
         self.placed: collections.deque[tuple[int, Any]] = collections.deque()
         self.generator: BatchedGenerator | None = None
         self.log_steps = self._steps(self.config.log.every_images)
@@ -217,9 +217,8 @@ class _Run:
         self.progress = Progress(self.total_steps * self.batch_size, self.nimg, quiet=not self.main)
         if self.step:
             self.progress.say(f"Going on from step {self.step:,} ({self.nimg:,} images).")
-        check = functools.partial(
-            _check_gradients, self.config, self.checkpoints
-        )  # no method, which would keep the state
+        # No method: a cycle would keep the state on the devices for a while after the run.
+        check = functools.partial(_check_gradients, self.config, self.checkpoints)
         self.meter = Meter(self.batch_size, self.parallel.get_metrics, check)
 
     @property
@@ -307,9 +306,8 @@ class _Run:
         """Send the next step, or several as one program, to the devices."""
         count, batch = self._next_batches()
         run: Any = self.parallel.step if count == 1 else self.parallel.steps
-        if (
-            self.untried and jax.default_backend() in ON_HOST and self.config.parallel != "pmap"
-        ):  # which compiles by itself
+        # The call below finds it compiled, unless it is one of pmap's.
+        if self.untried and jax.default_backend() in ON_HOST and self.config.parallel != "pmap":
             check_program(run.lower(self.state, batch).compile(), jax.local_device_count())
         self.untried = False
         self.state, metrics = run(self.state, batch)

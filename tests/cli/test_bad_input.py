@@ -318,6 +318,20 @@ def test_devices_that_are_not_here(monkeypatch, platforms, sentence):
     assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith(f"fdm bench: {sentence}")
 
 
+DRAWS = """
+from fdm_jax.cli import main
+main.main = lambda argv: __import__("matplotlib") and 0
+main.entry_point()
+"""
+
+
+def test_a_back_end_of_matplotlib_that_is_not_here(monkeypatch):
+    """It is not asked for, as nothing is shown on a screen."""
+    monkeypatch.setenv("MPLBACKEND", "nonsense")
+    ended = tiny.run_script(DRAWS)
+    assert ended.returncode == 0 and not ended.stderr
+
+
 SAID_TO_A_FULL_LOG = """
 import resource
 from fdm_jax.cli import main
