@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from fdm_jax import pictures
 from fdm_jax.data.pipeline import Batches, make_batches
@@ -97,7 +96,7 @@ def train(experiment: Experiment, source: Source, workdir: Path, watch: Callable
         return _Run(experiment, source, workdir).train(watch)
 
 
-def _check_gradients(config: ConfigDict, checkpoints: Checkpoints, metrics: dict[str, float]) -> None:
+def _check_gradients(config: Any, checkpoints: Checkpoints, metrics: dict[str, float]) -> None:
     if metrics["bad_steps"] >= config.train.max_bad_steps:
         raise UserError(
             f"The gradients were not finite in {int(metrics['bad_steps'])} steps in a row: train.learning_rate "
