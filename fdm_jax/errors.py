@@ -35,7 +35,7 @@ def with_causes(error: BaseException | None) -> Iterator[BaseException]:
 _RUNTIME = ("JaxRuntimeError", "XlaRuntimeError")
 
 
-# How JAX says of a platform that it is not installed; another may be in use by a process that is about to end.
+# How JAX says of a platform that it is not installed.
 _NOT_INSTALLED = ("is not in the list of known backends", "cannot open shared object file")
 
 

@@ -64,18 +64,18 @@ def test_another_process_is_lost(error, lost):
 
 
 @pytest.mark.parametrize(
-    ("error", "passing"),
+    ("error", "code"),
     [
-        (RuntimeError("Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process 7."), True),
+        (RuntimeError("Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process 7."), 1),
         (
             behind(RuntimeError("Unable to initialize backend 'x': Backend 'x' is not in the list of known backends")),
-            False,
+            2,
         ),
     ],
 )
-def test_devices_that_do_not_start(error, passing):
-    sentence, may_pass = devices_failed(error)
-    assert sentence.startswith("JAX does not start: Unable to initialize backend '") and may_pass is passing
+def test_devices_that_do_not_start(error, code):
+    sentence, ends_with = devices_failed(error)
+    assert sentence.startswith("JAX does not start: Unable to initialize backend '") and ends_with == code
 
 
 def test_devices_are_not_to_blame_for_other_errors():

@@ -83,8 +83,8 @@ def main(argv: Sequence[str]) -> int:
     """Run a command.
 
     Returns:
-      its exit code: 0, 2 for what the user can mend, 75 for "start me again", 130 after Ctrl-C, or 1 where a disk, or the
-      network to it, fails.
+      its exit code: 0, 2 for what the user can mend, 75 for "start me again", 130 after Ctrl-C, or 1 where a disk, the
+      network to it, or a device fails.
     """
     args = parse(argv)
     try:
@@ -130,28 +130,25 @@ def _explained(error: Exception, args: argparse.Namespace) -> tuple[str, int] | 
     if refused := refusal(error):
         return refused, 2
     if failed := devices_failed(error):
-        sentence, passing = failed
-        return sentence, 1 if passing else 2
+        return failed
     if said := memory_full(error):
         return f"Memory is full ({said}): {_less_memory(args)}. Nothing already saved is lost.", 2
     return None
 
 
-def devices_failed(error: BaseException | None) -> tuple[str, bool] | None:
-    """(a sentence, whether it may pass by itself) if an error or one behind it is that JAX cannot start on its devices."""
+def devices_failed(error: BaseException | None) -> tuple[str, int] | None:
+    """(sentence, exit code) if an error, or one behind it, is that JAX cannot start on its devices."""
     for each in with_causes(error):
         said = " ".join(str(each).split())
         if isinstance(each, RuntimeError) and said.startswith("Unable to initialize backend"):
-            return f"JAX does not start: {said}", not not_installed(each)
+            # Where it is installed, it may be in use by a process that is about to end.
+            return f"JAX does not start: {said}", 2 if not_installed(each) else 1
         # Wordless, where no platform of JAX_PLATFORMS has a device.
         if isinstance(each, AssertionError) and each.__traceback__:
             *_, (frame, _) = traceback.walk_tb(each.__traceback__)
             if frame.f_globals.get("__name__") == "jax._src.xla_bridge":
                 asked = os.environ.get("JAX_PLATFORMS")
-                return (
-                    f"JAX_PLATFORMS is {asked!r}, and there is no such device here: unset it, or take another.",
-                    False,
-                )
+                return f"JAX_PLATFORMS is {asked!r}, and there is no such device here: unset it, or take another.", 2
     return None
 
 
@@ -198,6 +195,9 @@ def _code_of(error: Exception) -> int:
     if disk_full(error):  # that to which it writes what it says
         say("fdm: The disk to which the output goes is full.")
         return 2
+    if trouble := file_trouble(error):
+        say(f"fdm: {trouble.sentence}.")
+        return 1 if trouble.may_pass else 2
     sys.excepthook(type(error), error, error.__traceback__)  # as Python does
     return 1
 

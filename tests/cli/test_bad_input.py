@@ -347,7 +347,7 @@ main.entry_point()
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("saved", 75), ("done", 1)])
+@pytest.mark.parametrize(("how", "code"), [("saved", 75), ("done", 2)])
 def test_the_exit_code_is_had_where_a_log_is_full(tmp_path, how, code):
     """Launchers go by it, whether there is room for the sentence or not; but a result that is lost is a failure."""
     with open(tmp_path / "log", "w") as log:
