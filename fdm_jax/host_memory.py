@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,17 @@ def machine_memory(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Pat
             with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
                 limits.append(int((folder / name).read_text()))
     return min(limits)
+
+
+def program_check() -> Callable[[Any], None] | None:
+    """:func:`check_program` for all devices of this process; None on accelerators, whose memory is not the host's."""
+    import jax  # here, as :func:`keep_freed_memory` is for before JAX starts
+
+    from fdm_jax.devices import ON_HOST
+
+    if jax.default_backend() not in ON_HOST:
+        return None
+    return functools.partial(check_program, devices=jax.local_device_count())
 
 
 def check_program(compiled: Any, devices: int) -> None:

@@ -17,6 +17,7 @@ from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.devices import make_mesh
 from fdm_jax.experiment import Experiment
 from fdm_jax.families import Family
+from fdm_jax.host_memory import program_check
 from fdm_jax.networks import SongUNet
 from fdm_jax.sampling import seeds as draws
 from fdm_jax.sampling.generate import BatchedGenerator
@@ -123,11 +124,13 @@ class Model:
 
         Raises:
           UserError: what is asked for does not exist or does not fit; from ``sample``, a seed or class that does not.
+          MemoryError: from ``sample``, on CPUs, a batch that the machine does not hold.
         """
         parts = (guide.network, guide.family) if guide is not None else None
         variables = (self.variables, guide.variables) if guide is not None else self.variables
         generate = self.experiment.generate_fn(guide=parts, **options)
-        generator = BatchedGenerator(generate, make_mesh(jax.local_devices()), batch_size)
+        mesh = make_mesh(jax.local_devices())
+        generator = BatchedGenerator(generate, mesh, batch_size, check=program_check())
 
         def sample(seeds: Sequence[int] | np.ndarray, labels: Any = None) -> np.ndarray:
             seeds = draws.as_seeds(seeds)

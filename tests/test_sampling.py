@@ -174,6 +174,27 @@ def test_seeds_without_labels_are_refused():
         next(generator({}, np.arange(3), np.zeros(2)))
 
 
+def test_the_program_of_a_generator_is_checked_once():
+    traced, checked = [], []
+
+    def generate(variables, seeds, labels):
+        traced.append(seeds.shape)
+        return jnp.zeros((len(seeds), 2, 2, 1))
+
+    def check(compiled):
+        checked.append(compiled.memory_analysis().output_size_in_bytes)
+        if len(checked) == 1:
+            raise MemoryError
+
+    generator = BatchedGenerator(generate, make_mesh(jax.devices()[:1]), 2, check=check)
+    seeds = labels = np.arange(5)
+    with pytest.raises(MemoryError):
+        list(generator({}, seeds, labels))
+    assert len(list(generator({}, seeds, labels))) == len(list(generator({}, seeds, labels))) == 3
+    assert len(checked) == 2 and checked[0] >= 2 * 2 * 2
+    assert traced == [(2,)]  # once for the check and the call
+
+
 def test_classes_by_number_and_by_name():
     seeds, names = np.arange(3, dtype=np.uint32), ("cat", "dog", "owl")
     for chosen in (2, "owl", [2, 2, 2], ["owl"] * 3):

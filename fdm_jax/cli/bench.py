@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdm_jax.cli.checks import need_positive
 from fdm_jax.errors import UserError, nearest
-from fdm_jax.host_memory import check_program
+from fdm_jax.host_memory import program_check
 from fdm_jax.progress import say
 
 if TYPE_CHECKING:
@@ -287,15 +287,11 @@ MEASURES: dict[str, Callable[[Case, argparse.Namespace], dict[str, Any]]] = {
 
 def _compile(jitted: Any, *args: Any) -> tuple[Any, float]:
     """The program for these arguments, and the seconds that tracing and compiling it took."""
-    import jax
-
-    from fdm_jax.devices import ON_HOST
-
     start = time.perf_counter()
     compiled = jitted.lower(*args).compile()
     seconds = time.perf_counter() - start
-    if jax.default_backend() in ON_HOST:
-        check_program(compiled, jax.local_device_count())
+    if check := program_check():
+        check(compiled)
     return compiled, seconds
 
 

@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
     from fdm_jax import pictures
     from fdm_jax.devices import make_mesh
+    from fdm_jax.host_memory import program_check
     from fdm_jax.sampling.generate import BatchedGenerator
     from fdm_jax.sampling.seeds import to_uint8
 
@@ -88,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     labels = experiment.choose_labels(args.label, seeds)
     if args.action == "interpolate":  # a frame takes the place of a seed
         seeds, labels = np.arange(count), np.repeat(labels[:1], count)
-    generator = BatchedGenerator(generate, make_mesh(jax.local_devices()), min(args.batch, count))
+    mesh = make_mesh(jax.local_devices())
+    generator = BatchedGenerator(generate, mesh, min(args.batch, count), check=program_check())
     results = np.concatenate(list(generator(variables, seeds, labels)))
     if known is not None:
         first = np.broadcast_to(np.asarray(to_uint8(known)), results.shape[1:])

@@ -106,6 +106,7 @@ def _fill(out: _Output, args: argparse.Namespace, model: Loaded, sampler: Sample
     from tqdm import tqdm
 
     from fdm_jax.devices import make_mesh
+    from fdm_jax.host_memory import program_check
     from fdm_jax.sampling.generate import BatchedGenerator
     from fdm_jax.training.agreement import all_or_none, check_shared, of_the_first
 
@@ -118,7 +119,7 @@ def _fill(out: _Output, args: argparse.Namespace, model: Loaded, sampler: Sample
     missing = np.asarray(of_the_first([i for i, seed in enumerate(seeds) if first and not out.has(int(seed))]), int)
     if len(missing):
         mesh = make_mesh(jax.local_devices())
-        generator = BatchedGenerator(sampler.generate, mesh, min(args.batch, len(missing)))
+        generator = BatchedGenerator(sampler.generate, mesh, min(args.batch, len(missing)), check=program_check())
         batches = [
             missing[start : start + generator.batch_size] for start in range(0, len(missing), generator.batch_size)
         ]

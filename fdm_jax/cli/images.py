@@ -47,13 +47,15 @@ def generated_images(args: argparse.Namespace) -> Images:
     import jax
 
     from fdm_jax.devices import make_mesh
+    from fdm_jax.host_memory import program_check
     from fdm_jax.sampling.generate import BatchedGenerator
 
     model = load_with_guide(args)
     sampler, num = make_sampler(args, model), args.num or 50_000
     if not 0 <= args.first_seed <= 2**32 - num:
         raise UserError(f"The seeds must lie from 0 to {2**32 - 1}: {args.first_seed} and {num:,} more do not.")
-    generator = BatchedGenerator(sampler.generate, make_mesh(jax.local_devices()), min(args.batch, num))
+    mesh = make_mesh(jax.local_devices())
+    generator = BatchedGenerator(sampler.generate, mesh, min(args.batch, num), check=program_check())
     piece = generator.batch_size * max(512 // generator.batch_size, 1)
 
     def make(start: int, stop: int) -> np.ndarray:

@@ -243,10 +243,12 @@ def judge_case(
     from fdm_jax.evaluation.extractors import FeatureMaker
     from fdm_jax.evaluation.frechet import frechet_distance
     from fdm_jax.evaluation.moments import Moments
+    from fdm_jax.host_memory import program_check
     from fdm_jax.sampling.generate import BatchedGenerator, check_finite
     from fdm_jax.sampling.solvers import SOLVERS
 
-    generator = BatchedGenerator(sampler.generate, make_mesh(), min(args.batch, len(seeds)), quantise=False)
+    batch = min(args.batch, len(seeds))
+    generator = BatchedGenerator(sampler.generate, make_mesh(), batch, quantise=False, check=program_check())
 
     def sample(seeds: np.ndarray) -> np.ndarray:
         labels = model.experiment.choose_labels(args.label, seeds)

@@ -174,12 +174,20 @@ class BatchedGenerator:
       mesh: one axis, over which the rows of a batch are dealt; every process of it calls, and gets all images.
       batch_size: rounded up to a multiple of the devices.
       quantise: whether images are uint8; else they are as ``generate`` gives them.
+      check: called once, with the compiled program before it first runs; None on accelerators.
     """
 
-    def __init__(self, generate: GenerateFn, mesh: jax.sharding.Mesh, batch_size: int, quantise: bool = True):
+    def __init__(
+        self,
+        generate: GenerateFn,
+        mesh: jax.sharding.Mesh,
+        batch_size: int,
+        quantise: bool = True,
+        check: Callable[[jax.stages.Compiled], None] | None = None,
+    ):
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._rows, self._whole = rows, whole = sharded(mesh), replicated(mesh)
-        self._mesh, self._quantise = mesh, quantise
+        self._mesh, self._quantise, self._check = mesh, quantise, check
 
         def finished(variables: Any, seeds: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
             x = generate(variables, seeds, labels)
@@ -193,13 +201,14 @@ class BatchedGenerator:
         Raises:
           UserError: a seed outside 0 ... 2^32 - 1, or not as many labels as seeds.
           NotFinite: images that were to be uint8 are not finite.
+          Exception: what the check of the program raises.
         """
         seeds, labels = as_seeds(seeds), np.asarray(labels, np.int32)
         if seeds.shape != labels.shape:
             raise UserError(f"Every seed needs a label, and there are {len(seeds)} seeds and {len(labels)} labels.")
         variables = put(variables, self._whole)
         sent = (
-            (part[0][:count], self._generate(variables, *put(part, self._rows)))
+            (part[0][:count], self._run(variables, *put(part, self._rows)))
             for count, part in in_batches(self.batch_size, seeds, labels)
         )
         for new, made in sent_ahead(sent, self._mesh):
@@ -207,3 +216,9 @@ class BatchedGenerator:
             if self._quantise:
                 check_finite(new, finite)
             yield images
+
+    def _run(self, *args: Any) -> tuple[jax.Array, jax.Array]:
+        if self._check is not None:  # the call below finds it compiled
+            self._check(self._generate.lower(*args).compile())
+            self._check = None
+        return self._generate(*args)

@@ -18,10 +18,10 @@ from fdm_jax import pictures
 from fdm_jax.data.pipeline import Batches, make_batches
 from fdm_jax.data.sources import Source
 from fdm_jax.defaults import to_json
-from fdm_jax.devices import ON_HOST, make_mesh, put, replicated
+from fdm_jax.devices import make_mesh, put, replicated
 from fdm_jax.errors import RestartNeeded, UserError, lost_another
 from fdm_jax.experiment import Experiment
-from fdm_jax.host_memory import check_program
+from fdm_jax.host_memory import program_check
 from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
 from fdm_jax.storage_errors import file_trouble
@@ -139,8 +139,8 @@ class _Run:
             num_workers=self.config.data.workers,
         )
         # Batches on the devices, not used yet: how many together, and they.
-        self.untried = True  # until the first program was held against the memory
         self.placed: collections.deque[tuple[int, Any]] = collections.deque()
+        self.check = program_check() if self.config.parallel != "pmap" else None  # of the first program
         self.generator: BatchedGenerator | None = None
         self.log_steps = self._steps(self.config.log.every_images)
         self.eval_steps, self.sample_steps = (
@@ -305,10 +305,9 @@ class _Run:
         """Send the next step, or several as one program, to the devices."""
         count, batch = self._next_batches()
         run: Any = self.parallel.step if count == 1 else self.parallel.steps
-        # The call below finds it compiled, unless it is one of pmap's.
-        if self.untried and jax.default_backend() in ON_HOST and self.config.parallel != "pmap":
-            check_program(run.lower(self.state, batch).compile(), jax.local_device_count())
-        self.untried = False
+        if self.check is not None:  # the call below finds it compiled, as one of pmap's would not
+            self.check(run.lower(self.state, batch).compile())
+            self.check = None
         self.state, metrics = run(self.state, batch)
         self.step += count
         self.meter.sent(metrics)

@@ -406,11 +406,12 @@ def test_gradients_that_are_bad_to_the_end_of_a_short_run_are_named(capsys, tmp_
     assert "values of gradients were not finite since the last line" in said
 
 
-@pytest.mark.parametrize("command", ["train", "bench"])
-def test_a_step_that_outgrows_the_machine(command, data_dir, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["train", "bench", "generate"])
+def test_a_program_that_outgrows_the_machine(command, straight_run, data_dir, tmp_path, capsys, monkeypatch):
     """Linux would give the memory and kill the program that uses it."""
-    monkeypatch.setattr("fdm_jax.host_memory.machine_memory", lambda: 2**20)
+    monkeypatch.setattr("fdm_jax.host_memory.machine_memory", lambda: 2**12)
     train = tiny.arguments(tmp_path / "run", data_dir)
     bench = ["bench", "--what=train", *(a for a in train[1:] if a.startswith("--config"))]
-    sentence = refused(capsys, {"train": train, "bench": bench}[command], started=True)
+    generate = ["generate", f"--workdir={straight_run}", f"--out={tmp_path / 'out.png'}", "--seeds=0-3"]
+    sentence = refused(capsys, {"train": train, "bench": bench, "generate": generate}[command], started=True)
     assert "Memory is full (the program takes 0.0 GiB, and there are 0.0 GiB): give a smaller --" in sentence
