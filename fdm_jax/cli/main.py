@@ -113,9 +113,14 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-# JAX's defaults, so that a run draws alike whatever the environment asks for: one of two ways to draw from a key, and seeds
-# as they are.
-_ENVIRONMENT = {"JAX_THREEFRY_PARTITIONABLE": "1", "JAX_RANDOM_SEED_OFFSET": "0"}
+# JAX's defaults, whatever the environment asks for: so that a run draws alike, one of two ways to draw from a key, and seeds
+# as they are; and NumPy's rules for shapes and types, which this program and libraries of its rely on.
+_ENVIRONMENT = {
+    "JAX_THREEFRY_PARTITIONABLE": "1",
+    "JAX_RANDOM_SEED_OFFSET": "0",
+    "JAX_NUMPY_RANK_PROMOTION": "allow",
+    "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+}
 
 _GO_ON = "nothing already saved is lost, and the same command goes on."
 

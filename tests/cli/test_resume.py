@@ -130,6 +130,8 @@ def test_kill_in_the_middle_of_saves_loses_nothing(straight_run, data_dir, tmp_p
     """kill -9 while a checkpoint is half written; then the run goes on to the same bits, in another environment too."""
     monkeypatch.setenv("JAX_THREEFRY_PARTITIONABLE", "0")  # other draws, up to jax 0.4 the default
     monkeypatch.setenv("JAX_RANDOM_SEED_OFFSET", "5")
+    monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "raise")
+    monkeypatch.setenv("JAX_NUMPY_DTYPE_PROMOTION", "strict")
     workdir = tmp_path / "run"
     saves, caught = workdir / "checkpoints", False
 
