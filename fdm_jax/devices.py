@@ -7,7 +7,7 @@ these functions with the same arguments, as it runs the same programs.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -63,6 +63,19 @@ def in_batches(size: int, *arrays: np.ndarray) -> Iterator[tuple[int, list[np.nd
         parts = [array[start : start + size] for array in arrays]
         rows = len(parts[0])
         yield rows, [np.pad(part, [(0, size - rows)] + [(0, 0)] * (part.ndim - 1), mode="edge") for part in parts]
+
+
+def checked(jitted: Any, check: Callable[[jax.stages.Compiled], None] | None) -> Callable[..., Any]:
+    """A jitted function whose program is given to ``check`` once, compiled, before it first runs; None for no check."""
+    unchecked = [] if check is None else [check]
+
+    def call(*args: Any) -> Any:
+        if unchecked:  # the call below finds it compiled
+            unchecked[0](jitted.lower(*args).compile())
+            unchecked.clear()
+        return jitted(*args)
+
+    return call
 
 
 def sent_ahead(sent: Iterable[T], mesh: Mesh) -> Iterator[T]:

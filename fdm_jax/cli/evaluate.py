@@ -243,6 +243,7 @@ def make_reference(args: argparse.Namespace) -> int:
     from fdm_jax.evaluation.extractors import FeatureMaker, open_extractor
     from fdm_jax.evaluation.moments import Moments
     from fdm_jax.evaluation.references import Reference, save_reference
+    from fdm_jax.host_memory import program_check
 
     check_out(args.out, ".npz")
     source = _open_data(args, use_labels=False)
@@ -254,7 +255,8 @@ def make_reference(args: argparse.Namespace) -> int:
         args.weights and local_copy(args.weights),
         (spec.resolution, spec.resolution, spec.channels),
     )
-    maker, counted, kept = FeatureMaker(extractor, make_mesh(), args.batch), Moments(extractor.width), []
+    maker = FeatureMaker(extractor, make_mesh(), args.batch, program_check())
+    counted, kept = Moments(extractor.width), []
     progress, done = Progress(num, 0), 0
     for batch in source.in_order(512, num):
         features, _ = maker(batch["image"])

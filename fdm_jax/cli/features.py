@@ -38,6 +38,7 @@ def extract_all(
     from fdm_jax.devices import make_mesh
     from fdm_jax.evaluation.extractors import FeatureMaker
     from fdm_jax.evaluation.moments import check_finite
+    from fdm_jax.host_memory import program_check
     from fdm_jax.progress import Progress
     from fdm_jax.training.agreement import all_or_none
 
@@ -51,7 +52,8 @@ def extract_all(
     there = {path.name for path in pieces.glob("*.npz")}  # one list, not a request for each
     missing = [start for start in ours if f"{start:09d}.npz" not in there]
     total, left = (sum(min(piece, images.num - start) for start in starts) for starts in (ours, missing))
-    maker = FeatureMaker(extractor, make_mesh(jax.local_devices()), min(args.batch, images.num))
+    mesh = make_mesh(jax.local_devices())
+    maker = FeatureMaker(extractor, mesh, min(args.batch, images.num), program_check())
     progress = Progress(total, total - left, quiet=jax.process_index() > 0)
     began, done = time.monotonic(), total - left
     for start in missing:

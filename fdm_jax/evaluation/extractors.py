@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdm_jax.devices import fetch, in_batches, put, replicated, sent_ahead, sharded
+from fdm_jax.devices import checked, fetch, in_batches, put, replicated, sent_ahead, sharded
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.evaluation.weights import sha256
 
@@ -107,14 +107,21 @@ class FeatureMaker:
       extractor: which.
       mesh: one axis, over which the rows of a batch are dealt.
       batch_size: rounded up to a multiple of the devices.
+      check: of the program, see :func:`~fdm_jax.devices.checked`.
     """
 
-    def __init__(self, extractor: Extractor, mesh: jax.sharding.Mesh, batch_size: int):
+    def __init__(
+        self,
+        extractor: Extractor,
+        mesh: jax.sharding.Mesh,
+        batch_size: int,
+        check: Callable[[jax.stages.Compiled], None] | None = None,
+    ):
         rows, whole = sharded(mesh), replicated(mesh)
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._mesh, self._rows = mesh, rows
         self._variables = put(extractor.variables, whole)
-        self._apply = jax.jit(extractor.apply, in_shardings=(whole, rows), out_shardings=rows)
+        self._apply = checked(jax.jit(extractor.apply, in_shardings=(whole, rows), out_shardings=rows), check)
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """uint8 [N, H, W, C] -> features float32 [N, D], and logits [N, K] if the extractor has them."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdm_jax.denoiser import DenoiseFn, make_denoise_fn
-from fdm_jax.devices import fetch, in_batches, put, replicated, sent_ahead, sharded
+from fdm_jax.devices import checked, fetch, in_batches, put, replicated, sent_ahead, sharded
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.families import Family
 from fdm_jax.sampling.edm import Churn
@@ -174,7 +174,7 @@ class BatchedGenerator:
       mesh: one axis, over which the rows of a batch are dealt; every process of it calls, and gets all images.
       batch_size: rounded up to a multiple of the devices.
       quantise: whether images are uint8; else they are as ``generate`` gives them.
-      check: called once, with the compiled program before it first runs; None on accelerators.
+      check: of the program, see :func:`~fdm_jax.devices.checked`.
     """
 
     def __init__(
@@ -187,13 +187,14 @@ class BatchedGenerator:
     ):
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._rows, self._whole = rows, whole = sharded(mesh), replicated(mesh)
-        self._mesh, self._quantise, self._check = mesh, quantise, check
+        self._mesh, self._quantise = mesh, quantise
 
         def finished(variables: Any, seeds: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
             x = generate(variables, seeds, labels)
             return to_uint8(x) if quantise else x, jnp.isfinite(x).all(axis=(1, 2, 3))
 
         self._generate = jax.jit(finished, in_shardings=(whole, rows, rows), out_shardings=rows)
+        self._run = checked(self._generate, check)
 
     def __call__(self, variables: Any, seeds: np.ndarray, labels: np.ndarray) -> Iterator[np.ndarray]:
         """Yield images [n, H, W, C] of seeds [N] and labels [N], batch by batch; the last n may be smaller.
@@ -216,9 +217,3 @@ class BatchedGenerator:
             if self._quantise:
                 check_finite(new, finite)
             yield images
-
-    def _run(self, *args: Any) -> tuple[jax.Array, jax.Array]:
-        if self._check is not None:  # the call below finds it compiled
-            self._check(self._generate.lower(*args).compile())
-            self._check = None
-        return self._generate(*args)
