@@ -129,7 +129,8 @@ def compile_bits(experiment: Any, span: tuple[float, float], args: argparse.Name
     import jax
     import jax.numpy as jnp
 
-    from fdm_jax.devices import replicated, sharded
+    from fdm_jax.devices import checked, replicated, sharded
+    from fdm_jax.host_memory import program_check
     from fdm_jax.sampling.flow import bits_per_dim, exact_trace, hutchinson, log_likelihood
     from fdm_jax.sampling.seeds import dequantise, signs
 
@@ -145,12 +146,13 @@ def compile_bits(experiment: Any, span: tuple[float, float], args: argparse.Name
 
     rows, whole = sharded(mesh), replicated(mesh)
     jitted = jax.jit(bits, in_shardings=(whole, rows, rows, rows), out_shardings=(rows, whole, whole))
+    measured = checked(jitted, program_check())
 
     def measure(variables: Any, batch: Any, indices: np.ndarray) -> tuple[np.ndarray, int]:
         total, steps = np.zeros(len(indices)), 0
         for draw in range(args.draws):
             seeds = np.random.SeedSequence([args.seed, draw]).generate_state(1)[0] + indices.astype(np.uint32)
-            values, tried, ok = jitted(variables, batch["image"], batch["label"], jnp.asarray(seeds))
+            values, tried, ok = measured(variables, batch["image"], batch["label"], jnp.asarray(seeds))
             if not ok:
                 raise UserError(
                     f"The ODE solver did not get there with a tolerance of {args.tolerance} in {int(tried):,} steps: "

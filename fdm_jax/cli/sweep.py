@@ -187,7 +187,8 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
     """
     import jax
 
-    from fdm_jax.devices import in_batches, make_mesh, replicated, sharded
+    from fdm_jax.devices import checked, in_batches, make_mesh, replicated, sharded
+    from fdm_jax.host_memory import program_check
     from fdm_jax.sampling.flow import reference_samples
     from fdm_jax.sampling.grids import check_range, sampling_range
     from fdm_jax.sampling.seeds import latents
@@ -211,12 +212,12 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
         solved = reference_samples(model_denoiser(variables, labels), noise, high, low, rtol=tolerance, atol=tolerance)
         return solved.x, solved.ok
 
-    jitted = jax.jit(solve, in_shardings=(whole, rows, rows), out_shardings=(rows, whole))
+    of_batch = checked(jax.jit(solve, in_shardings=(whole, rows, rows), out_shardings=(rows, whole)), program_check())
     labels, parts = experiment.choose_labels(args.label, seeds), []
     size = -(-min(args.batch, len(seeds)) // mesh.size) * mesh.size
     say(f"the ODE's solution: compiling it; then {size:,} images at a time")
     for count, batch in in_batches(size, seeds, labels):
-        x, ok = jitted(variables, *batch)
+        x, ok = of_batch(variables, *batch)
         if not ok:
             raise UserError(
                 f"The ODE could not be solved with a tolerance of {args.tolerance}: give a larger --tolerance."
