@@ -63,7 +63,10 @@ class PreparedSource(Source):
     def __init__(self, folder: Path, split: str = "train"):
         self._folder, self._split = folder, split
         info = self._builder.info
-        self.metadata: dict[str, Any] = dict(info.metadata or {})
+        try:
+            self.metadata: dict[str, Any] = dict(info.metadata or {})
+        except (OSError, ValueError, TypeError) as error:
+            raise damaged(folder, error) from error
         features = dict(info.features or {})
         image, label = features.get("image"), features.get("label")
         shape = None if image is None else image.shape

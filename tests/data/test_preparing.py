@@ -468,7 +468,9 @@ def test_killed_in_the_middle_and_begun_again(path, tmp_path, files, pixels):
     assert [path.name for path in (data_dir / "zip" / "a").iterdir()] == ["1.0.0"]
 
 
-@pytest.mark.parametrize("name", ["zip-train.array_record-00000-of-00001", "dataset_info.json", "features.json"])
+@pytest.mark.parametrize(
+    "name", ["zip-train.array_record-00000-of-00001", "dataset_info.json", "features.json", "metadata.json"]
+)
 def test_damaged_files(path, tmp_path, files, name):
     folder, _ = prepare_dataset(Request(name="zip", source=path(files)), tmp_path / "data")
     (folder / name).write_bytes((folder / name).read_bytes()[:100])
