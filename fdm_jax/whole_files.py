@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fdm_jax.errors import UserError
-from fdm_jax.storage_errors import disk_full, refusal
+from fdm_jax.storage_errors import disk_full, refusal, system_fails
 
 _REMOTE = "gs://"
 
@@ -155,6 +155,23 @@ def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     write_whole(path, write)
+
+
+@contextlib.contextmanager
+def made_again(path: Path) -> Iterator[None]:
+    """For reading a file that a command makes if it is not there.
+
+    Raises:
+      UserError: it is damaged, as after a loss of power.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # zlib, zipfile, NumPy: a damaged file makes them raise nearly anything
+        if system_fails(error):
+            raise
+        raise UserError(f"{path} is damaged: delete it, and the same command makes it again.") from error
 
 
 # --- Folders ---

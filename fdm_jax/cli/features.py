@@ -15,7 +15,7 @@ from fdm_jax.cli.distributed import wait_for_all
 from fdm_jax.cli.images import Images
 from fdm_jax.cli.record import SETTINGS, made_otherwise, read_settings, write_json
 from fdm_jax.errors import UserError
-from fdm_jax.whole_files import make_folder, save_npz
+from fdm_jax.whole_files import made_again, make_folder, save_npz
 
 if TYPE_CHECKING:
     from fdm_jax.evaluation.extractors import Extractor
@@ -68,10 +68,15 @@ def extract_all(
 
 
 def gather(folder: Path, starts: Iterable[int]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Features [N, D] and logits [N, K], in order."""
+    """Features [N, D] and logits [N, K], in order.
+
+    Raises:
+      UserError: a piece is damaged.
+    """
     parts = []
     for start in starts:
-        with (folder / FEATURES / f"{start:09d}.npz").open("rb") as file, np.load(file) as part:
+        piece = folder / FEATURES / f"{start:09d}.npz"
+        with made_again(piece), piece.open("rb") as file, np.load(file) as part:
             parts.append(dict(part))
     logits = np.concatenate([part["logits"] for part in parts]) if "logits" in parts[0] else None
     return np.concatenate([part["features"] for part in parts]), logits

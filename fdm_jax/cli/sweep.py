@@ -38,7 +38,7 @@ from fdm_jax.cli.sampling import (
 )
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.progress import say
-from fdm_jax.whole_files import resolved
+from fdm_jax.whole_files import made_again, resolved
 
 if TYPE_CHECKING:
     from fdm_jax.evaluation.extractors import Extractor
@@ -183,7 +183,7 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
     """The ODE's solution for the seeds, float32 [N, H, W, C]; kept in the folder.
 
     Raises:
-      UserError: the solver does not get there.
+      UserError: the solver does not get there, or what is kept is damaged.
     """
     import jax
 
@@ -195,7 +195,8 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
 
     file = args.out / "reference.npy"
     if file.exists():
-        return np.load(file)
+        with made_again(file):
+            return np.load(file)
     experiment = model.experiment
     low, high = span = (args.sigma_min, args.sigma_max)
     check_range(*span)
@@ -304,9 +305,11 @@ def draw(folder: Path, rows: list[dict[str, Any]], exact: np.ndarray) -> None:
         for figure, lines in curves.items():
             if row.get(figure) is not None:
                 lines.setdefault(name, []).append((row["nfe"], row[figure]))
-        shown[f"{name}, {row['nfe']} NFE"] = np.load(
-            folder / "parts" / f"{row['solver']}-{row['grid']}-{row['nfe']}.npy"
-        )
+        part = folder / "parts" / f"{row['solver']}-{row['grid']}-{row['nfe']}.npy"
+        try:
+            shown[f"{name}, {row['nfe']} NFE"] = np.load(part)
+        except (ValueError, EOFError, FileNotFoundError):  # the row's figures are in the record
+            say(f"fdm sweep: warning: {part} is damaged or gone, and samples.png is without its row.")
     labels = {"distance": "RMS distance from the ODE's solution", "frechet": "Frechet distance"}
     for figure, lines in curves.items():
         if lines:

@@ -92,13 +92,16 @@ def test_generated_images(measured, place, straight_run, tmp_path):
     assert ours == pytest.approx(direct, rel=1e-5)
 
 
-def test_it_goes_on_where_it_was(measured, place, monkeypatch):
+def test_it_goes_on_where_it_was(measured, place, monkeypatch, capsys):
     from fdm_jax.cli import evaluate as module
 
     out, arguments = measured
     before = result(out)
     parts = sorted((out / "features").glob("*.npz"))
     assert len(parts) == 3
+    parts[1].write_bytes(parts[1].read_bytes()[:1000])
+    assert evaluate(place, *arguments) == 2
+    assert f"{parts[1]} is damaged: delete it, and the same command makes it again." in capsys.readouterr().err
     parts[1].unlink()
     (out / "features" / ".000000512.npz.part.npz").write_bytes(b"half")  # what a kill leaves
     real, made = module.generated_images, []

@@ -94,6 +94,19 @@ def test_it_goes_on_where_it_was(folder, straight_run, monkeypatch):
     assert json.loads((out / "table.json").read_text()) == before
 
 
+def test_damaged_pieces(folder, straight_run, capsys):
+    """Such as a loss of power leaves."""
+    out, arguments = folder
+    kept = {path: path.read_bytes() for path in (out / "reference.npy", out / "parts" / "heun-edm-5.npy")}
+    for path, content in kept.items():
+        path.write_bytes(content[:200])
+        solution = path.name == "reference.npy"
+        assert sweep(straight_run, out, *arguments) == (2 if solution else 0)
+        words = "is damaged: delete it, and the same command" if solution else "is damaged or gone, and samples.png is"
+        assert f"{path} {words}" in capsys.readouterr().err
+        path.write_bytes(content)
+
+
 def test_a_solution_of_other_settings_is_not_used(straight_run, tmp_path):
     """The record is deleted, as the refusal advises; what lies beside it is of other seeds."""
     arguments = ["--solvers=heun", "--nfe=5"]
