@@ -185,4 +185,4 @@ def _write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> N
         with temporary.open("wb") as file:
             write(file)
 
-    write_whole(place(path), fill)
+    write_whole(place(path), fill, flush=False)  # it can be drawn again, and a run need not wait for a busy disk

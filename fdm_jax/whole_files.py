@@ -91,8 +91,12 @@ def resolved(path: Path) -> Path:
 # --- Files ---
 
 
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any], flush: bool = True) -> None:
     """Let ``write`` fill a local file, which then takes the final one's place; its folder must be there.
+
+    Args:
+      path, write: which, and how.
+      flush: wait until the disk has it: a machine that loses its power right after may else leave an empty file.
 
     Raises:
       OSError: it cannot be written.
@@ -107,6 +111,9 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
+        if flush:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # which is not what went wrong first
@@ -114,7 +121,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any], flush: bool = True) -> None:
     """The same; the folder is made.
 
     Raises:
@@ -122,7 +129,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """
     try:
         make_folder(path.parent)
-        replace_file(path, write)
+        replace_file(path, write, flush)
     except OSError as error:
         if disk_full(error):
             raise
