@@ -77,6 +77,9 @@ class Checkpoints:
       keep_latest: how many of the newest are kept, and the best one beside them; None for all.
       keep_every_steps: those at multiples of this are kept for good; None for none.
       read_only: nothing is written, deleted or moved.
+
+    Raises:
+      UserError: Orbax's note of when one was written is damaged.
     """
 
     def __init__(
@@ -100,8 +103,26 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
-        self._manager = _Manager(self._directory, options=options, item_names=("model", "train", "meta"))
+        try:
+            self._manager = _Manager(self._directory, options=options, item_names=("model", "train", "meta"))
+        except (ValueError, TypeError) as error:
+            if (file := self._damaged_metadata()) is None:
+                raise
+            raise UserError(
+                f"{file} is damaged ({error}): delete it, nothing of the checkpoint itself is in it."
+            ) from error
         self._arrays = ocp.StandardCheckpointHandler()
+
+    def _damaged_metadata(self) -> Path | None:
+        """Of the files that say when a checkpoint was written, all of which Orbax reads first, one that it cannot read."""
+        names = ocp.path.step.standard_name_format()
+        for file in sorted(self._directory.glob("[0-9]*/_CHECKPOINT_METADATA")):
+            if file.parent.name.isdecimal():
+                try:
+                    _ = names.find_step(self._directory, int(file.parent.name)).commit_timestamp_nsecs
+                except (ValueError, TypeError):
+                    return file
+        return None
 
     def steps(self) -> list[int]:
         """Steps with a finished checkpoint, oldest first."""

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -162,6 +163,21 @@ def test_unknown_argument_is_an_argparse_error(capsys, tmp_path, argument):
     with pytest.raises(SystemExit) as stopped:
         main(tiny.arguments(tmp_path / "run", argument))
     assert stopped.value.code == 2 and argument in capsys.readouterr().err
+
+
+def test_damaged_note_of_when_a_checkpoint_was_written(capsys, straight_run, data_dir, tmp_path):
+    """Orbax reads those of all checkpoints before it gives any."""
+    shutil.copytree(straight_run, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "20" / "_CHECKPOINT_METADATA"
+    file.write_text("[1]")
+    generate = ["generate", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out.png'}"]
+    for command in (generate, tiny.arguments(tmp_path / "run", data_dir)):
+        sentence = refused(capsys, command, started=True)
+        assert f"{file} is damaged (" in sentence and sentence.endswith(
+            "delete it, nothing of the checkpoint itself is in it."
+        )
+    file.unlink()
+    assert main([*generate, "--seeds=0", "--nfe=1"]) == 0
 
 
 def test_workdir_of_another_configuration_names_the_fields(capsys, straight_run, data_dir):
