@@ -169,7 +169,12 @@ def from_dict(fields: dict[str, Any]) -> ConfigDict:
         if name not in known:
             raise UserError(f"The saved configuration has a field {name!r} that this version of fdm_jax does not know.")
         if value is not None:
-            config.update_from_flattened_dict({name: tuple(value) if isinstance(value, list) else value})
+            try:
+                config.update_from_flattened_dict({name: tuple(value) if isinstance(value, list) else value})
+            except TypeError as error:
+                raise UserError(
+                    f"The saved configuration has {value!r} for {name}, which is of another type."
+                ) from error
     return config
 
 

@@ -265,7 +265,10 @@ class Checkpoints:
         folder, cause = self._directory / str(step), "another process cannot read it"
         parts: dict[str, Any] | None = None
         try:
-            parts = {"meta": ocp.JsonCheckpointHandler().restore(folder / "meta", ocp.args.JsonRestore())}
+            meta = ocp.JsonCheckpointHandler().restore(folder / "meta", ocp.args.JsonRestore())
+            if not isinstance(meta, dict) or "config" not in meta:
+                raise ValueError(f"{folder / 'meta'} holds no configuration")
+            parts = {"meta": meta}
             for name, like in wanted.items():
                 shapes = self._shapes_here(folder / name) if like is None else like
                 parts[name] = self._arrays.restore(folder / name, args=ocp.args.StandardRestore(shapes))

@@ -180,6 +180,23 @@ def test_damaged_note_of_when_a_checkpoint_was_written(capsys, straight_run, dat
     assert main([*generate, "--seeds=0", "--nfe=1"]) == 0
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda meta: [meta], "No checkpoint in RUN/checkpoints can be read."),
+        (lambda meta: meta | {"config": {"warmup_steps": "x"}}, "has 'x' for warmup_steps, which is of another type."),
+        (lambda meta: meta | {"config": {"warmup": 1}}, "has a field 'warmup' that this version of fdm_jax does not know."),
+    ],
+)  # fmt: skip
+def test_configuration_in_a_checkpoint_that_is_none(capsys, straight_run, tmp_path, change, words):
+    run = tmp_path / "run"
+    shutil.copytree(straight_run, run)
+    file = run / "checkpoints" / "20" / "meta" / "metadata"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    generate = ["generate", f"--workdir={run}", "--checkpoint=20", f"--out={tmp_path / 'out.png'}"]
+    assert refused(capsys, generate, started=True).endswith(words.replace("RUN", str(run)))
+
+
 def test_workdir_of_another_configuration_names_the_fields(capsys, straight_run, data_dir):
     sentence = refused(capsys, tiny.arguments(straight_run, data_dir, "--config.warmup_steps=99", "--config.seed=4"))
     assert "seed (0 there, 4 here)" in sentence and "warmup_steps (13 there, 99 here)" in sentence
