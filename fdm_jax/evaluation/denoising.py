@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from fdm_jax.devices import fetch, in_batches, put
+from fdm_jax.devices import checked, fetch, in_batches, put
 
 
 class DenoisingError:
@@ -27,12 +27,14 @@ class DenoisingError:
       seed: of the levels and the noise, which are the same at every call.
       batch_size: of the denoiser.
       rows: sharding of a batch, such as over all devices; None for one device.
+      check: is given the compiled program before it first runs; None for no check.
     """
 
     def __init__(
         self, denoise_fn: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array], images: np.ndarray,
         labels: np.ndarray, *, sigma_data: float = 0.5, seed: int = 0, batch_size: int = 256,
         rows: jax.sharding.NamedSharding | None = None,
+        check: Callable[[jax.stages.Compiled], None] | None = None,
     ):  # fmt: skip
         self._images, self._labels = np.asarray(images, np.float32), np.asarray(labels, np.int32)
         self._seed, self._batch_size, self._rows = seed, batch_size, rows
@@ -42,7 +44,8 @@ class DenoisingError:
             weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
             return weight * jnp.mean((D_x - y) ** 2, axis=(1, 2, 3))
 
-        self._errors = jax.jit(errors, in_shardings=None if rows is None else (None, rows, rows, rows, rows))
+        shardings = None if rows is None else (None, rows, rows, rows, rows)
+        self._errors = checked(jax.jit(errors, in_shardings=shardings), check)
 
     def mean(self, variables: Any, *, levels: int = 4, P_mean: float = -1.2, P_std: float = 1.2) -> float:
         """The mean over pixels, images and noise levels.

@@ -74,7 +74,7 @@ class Checkpoints:
 
     Args:
       directory: made if it is not there (unless read-only); ``metrics.jsonl`` beside it says which checkpoint is best.
-      keep_latest: how many of the newest are kept, and the best one beside them; None for all.
+      keep_latest: how many of the newest are kept, and beside them, at each save, the best of those evaluated; None for all.
       keep_every_steps: those at multiples of this are kept for good; None for none.
       read_only: nothing is written, deleted or moved.
 

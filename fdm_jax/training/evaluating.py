@@ -19,6 +19,7 @@ from fdm_jax.evaluation.frechet import frechet_distance
 from fdm_jax.evaluation.moments import Moments
 from fdm_jax.evaluation.references import open_with_extractor
 from fdm_jax.experiment import Experiment, open_data
+from fdm_jax.host_memory import program_check
 from fdm_jax.sampling import seeds as draws
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
 from fdm_jax.training.agreement import all_or_none, check_data
@@ -90,8 +91,10 @@ def _held_out(experiment: Experiment, mesh: Mesh) -> DenoisingError:
         return model_denoiser(variables, labels)(x, sigma)
 
     images = batch["image"] / np.float32(127.5) - 1
-    size = -(-min(256, 4 * len(images)) // mesh.size) * mesh.size
-    return DenoisingError(denoise, images, batch["label"], batch_size=size, rows=sharded(mesh))
+    # No more than a step holds at a time, gradients and all.
+    train = experiment.config.train
+    size = -(-min(256, 4 * len(images), train.batch_size // train.accumulation) // mesh.size) * mesh.size
+    return DenoisingError(denoise, images, batch["label"], batch_size=size, rows=sharded(mesh), check=program_check())
 
 
 def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Callable[[], bool]], dict[str, float] | None]:
@@ -99,8 +102,9 @@ def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Callable[[], 
     with all_or_none("Another process cannot measure samples (eval.ref), and says why."):
         weights = place(config.weights) if config.weights else None
         reference, extractor = open_with_extractor(place(config.ref), config.extractor, weights, experiment.image_shape)
-    generator = BatchedGenerator(experiment.generate_fn(), mesh, min(config.batch_size, config.num_images))
-    maker = FeatureMaker(extractor, mesh, generator.batch_size)
+    size, check = min(config.batch_size, config.num_images), program_check()
+    generator = BatchedGenerator(experiment.generate_fn(), mesh, size, check=check)
+    maker = FeatureMaker(extractor, mesh, generator.batch_size, check)
     name = "eval/fid" if extractor.kind == "inception" else "eval/frechet_distance"
 
     def measure(variables: Any, stop: Callable[[], bool]) -> dict[str, float] | None:

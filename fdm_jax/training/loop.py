@@ -19,7 +19,7 @@ from fdm_jax.data.pipeline import Batches, make_batches
 from fdm_jax.data.sources import Source
 from fdm_jax.defaults import to_json
 from fdm_jax.devices import make_mesh, put, replicated
-from fdm_jax.errors import RestartNeeded, UserError, lost_another
+from fdm_jax.errors import RestartNeeded, UserError, lost_another, memory_full
 from fdm_jax.experiment import Experiment
 from fdm_jax.host_memory import program_check
 from fdm_jax.progress import Progress
@@ -176,15 +176,14 @@ class _Run:
                 stopping = stop.after(programs)
                 if self._due(self.log_steps) or stopping:
                     self._report()
-                # Before the checkpoint: after a crash between the two, the run goes on from before both.
-                evaluated = False
+                # First of all: what ends an evaluation or a picture, such as memory that it does not get, costs no steps,
+                # and the next start finds that it is still to be done.
+                if stopping or self._due(self.checkpoint_steps) or self._due(self.eval_steps):
+                    self._save()
                 if self._due(self.eval_steps) and not stopping:
-                    evaluated = self._evaluate(stop)
-                    stopping = not evaluated  # here, where the next start finds that it is still to be done
+                    stopping = not self._evaluate(stop)
                     if stopping and self.meter.unreported:
                         self._report()
-                if self._due(self.checkpoint_steps) or stopping or evaluated:
-                    self._save()
                 if self._due(self.sample_steps) and not stopping:
                     self._sample()
             self.checkpoints.wait()
@@ -256,7 +255,8 @@ class _Run:
         """Whether it was done, and not broken off by a signal."""
         assert self.evaluator is not None
         with self.meter.paused():
-            figures = self.evaluator(self._averaged(), stop.now)
+            with self._within_memory("evaluation", "eval", "batch_size"):
+                figures = self.evaluator(self._averaged(), stop.now)
             if figures is None:
                 return False
             if self.writers is not None:
@@ -341,6 +341,20 @@ class _Run:
         evaluation, picture = multihost_utils.broadcast_one_to_all(np.array(undone))
         return bool(evaluation), bool(picture)
 
+    @contextlib.contextmanager
+    def _within_memory(self, what: str, section: str, number: str) -> Iterator[None]:
+        """Memory that is full is no fault of the steps here, but of a number in a section of the configuration."""
+        try:
+            yield
+        except Exception as error:
+            if (said := memory_full(error)) is None:
+                raise
+            raise UserError(
+                f"Memory is full ({said}) in the {what} of step {self.step:,}, which is saved: go on with a smaller "
+                f"--config.{section}.{number} than {self.config[section][number]}, or without "
+                f"(--config.{section}.every_images=0)."
+            ) from error
+
     def _picture(self) -> Path:
         return self.workdir / "samples" / f"{self.nimg:012d}.png"
 
@@ -350,9 +364,11 @@ class _Run:
             rows, columns = self.sample_grid
             seeds = np.arange(rows * columns)
             if self.generator is None:
-                self.generator = BatchedGenerator(self.experiment.generate_fn(), self.mesh, len(seeds))
+                generate = self.experiment.generate_fn()
+                self.generator = BatchedGenerator(generate, self.mesh, len(seeds), check=program_check())
             try:
-                images = np.concatenate(list(self.generator(self._averaged(), seeds, seeds % columns)))
+                with self._within_memory("picture", "samples", "rows"):
+                    images = np.concatenate(list(self.generator(self._averaged(), seeds, seeds % columns)))
             except NotFinite as error:  # whether the run goes on is for the gradients to say
                 self.progress.say(f"{self.nimg:>11,} images: no samples. {error}")
                 return

@@ -66,7 +66,8 @@ def test_the_best_checkpoint_is_kept_beside_the_last(run):
     best = min(frechet, key=frechet.get)
     checkpoints = Checkpoints(run / "checkpoints", read_only=True)
     assert checkpoints.best() == load_model(run, "best").checkpoint == best
-    assert checkpoints.steps() == sorted({best, 20})
+    best_before = min(frechet.keys() - {20}, key=frechet.get)
+    assert checkpoints.steps() == [best_before, 20]  # the last was saved before it was evaluated
 
 
 def test_the_error_is_that_of_the_saved_weights(run, data_dir):
@@ -102,7 +103,7 @@ def test_samples_that_are_no_numbers_do_not_end_a_run(tmp_path, data_dir, statis
 
 
 def test_what_the_end_of_a_start_prevents_the_next_one_does(tmp_path, data_dir, monkeypatch, capsys):
-    """SIGTERM in the middle of an evaluation, and an end like a kill between the last checkpoint and its samples."""
+    """SIGTERM in an evaluation, memory that it does not get, and an end like a kill between a checkpoint and its samples."""
     more = [*EVERY, "--config.samples.every_images=64", "--config.samples.rows=1", "--config.samples.steps=2",
             "--config.train.images=128"]  # fmt: skip
     straight, stopped = (tmp_path / name for name in ("straight", "stopped"))
@@ -112,17 +113,33 @@ def test_what_the_end_of_a_start_prevents_the_next_one_does(tmp_path, data_dir, 
         signal.raise_signal(signal.SIGTERM)
         return None if stop() else pytest.fail("nothing would break it off")
 
+    def no_memory(self, *args):
+        raise MemoryError("it takes 9 GiB")
+
     def killed(self):
         if self.nimg == 128:
             raise KeyboardInterrupt
         sample(self)
 
     sample = loop._Run._sample
+
+    def without_memory(owner, sentence):
+        with monkeypatch.context() as patches:
+            patches.setattr(owner, "__call__", no_memory)
+            assert main(tiny.arguments(stopped, data_dir, *more)) == 2
+        assert f"Memory is full (it takes 9 GiB) in the {sentence}" in capsys.readouterr().err
+
+    without_memory(
+        Evaluator, "evaluation of step 4, which is saved: go on with a smaller --config.eval.batch_size than 64"
+    )
     with monkeypatch.context() as patches:
         patches.setattr(Evaluator, "__call__", broken_off)
         assert main(tiny.arguments(stopped, data_dir, *more)) == 0
         assert "Stopped by SIGTERM at step 4, saved" in capsys.readouterr().err
         assert not evaluations(stopped) and not (stopped / "samples").exists()
+    without_memory(
+        loop.BatchedGenerator, "picture of step 4, which is saved: go on with a smaller --config.samples.rows than 1"
+    )
     with monkeypatch.context() as patches:
         patches.setattr(loop._Run, "_sample", killed)
         assert main(tiny.arguments(stopped, data_dir, *more)) == 130
