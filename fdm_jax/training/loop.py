@@ -350,9 +350,9 @@ class _Run:
             if (said := memory_full(error)) is None:
                 raise
             raise UserError(
-                f"Memory is full ({said}) in the {what} of step {self.step:,}, which is saved: go on with a smaller "
-                f"--config.{section}.{number} than {self.config[section][number]}, or without "
-                f"(--config.{section}.every_images=0)."
+                f"Memory is full ({said}) in the {what} of step {self.step:,}: go on with a smaller --config.{section}.{number} "
+                f"than {self.config[section][number]}, or without (--config.{section}.every_images=0). Nothing already "
+                "saved is lost."
             ) from error
 
     def _picture(self) -> Path:

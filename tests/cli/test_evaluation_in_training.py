@@ -129,17 +129,13 @@ def test_what_the_end_of_a_start_prevents_the_next_one_does(tmp_path, data_dir, 
             assert main(tiny.arguments(stopped, data_dir, *more)) == 2
         assert f"Memory is full (it takes 9 GiB) in the {sentence}" in capsys.readouterr().err
 
-    without_memory(
-        Evaluator, "evaluation of step 4, which is saved: go on with a smaller --config.eval.batch_size than 64"
-    )
+    without_memory(Evaluator, "evaluation of step 4: go on with a smaller --config.eval.batch_size than 64")
     with monkeypatch.context() as patches:
         patches.setattr(Evaluator, "__call__", broken_off)
         assert main(tiny.arguments(stopped, data_dir, *more)) == 0
         assert "Stopped by SIGTERM at step 4, saved" in capsys.readouterr().err
         assert not evaluations(stopped) and not (stopped / "samples").exists()
-    without_memory(
-        loop.BatchedGenerator, "picture of step 4, which is saved: go on with a smaller --config.samples.rows than 1"
-    )
+    without_memory(loop.BatchedGenerator, "picture of step 4: go on with a smaller --config.samples.rows than 1")
     with monkeypatch.context() as patches:
         patches.setattr(loop._Run, "_sample", killed)
         assert main(tiny.arguments(stopped, data_dir, *more)) == 130
