@@ -19,14 +19,18 @@ class Progress:
       total: images of the whole work.
       done: images that were done before this start.
       quiet: show nothing (processes other than the first).
+      seconds: at least, from one line of ``count`` to the next.
     """
 
-    def __init__(self, total: int, done: int, quiet: bool = False):
-        self._total, self._done, self._quiet = total, done, quiet
+    def __init__(self, total: int, done: int, quiet: bool = False, seconds: float = 0.0):
+        self._total, self._done, self._quiet, self._seconds = total, done, quiet, seconds
         self._before, self._began = done, time.monotonic()
-        self._bar = None
+        self._said, self._bar = self._began, None
         if sys.stderr.isatty() and not quiet:
-            self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0.05)
+            # One that is begun while there is another is below it, and goes when it is closed (leave=None).
+            self._bar = tqdm(
+                total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0.05, leave=None
+            )
 
     def advance(self, done: int) -> None:
         """``done`` images are done."""
@@ -35,9 +39,12 @@ class Progress:
         self._done = done
 
     def count(self, done: int, note: str = "") -> None:
-        """``done`` images are done; say so, with the speed since this start."""
+        """``done`` images are done; say so, if it is time, with the speed since this start."""
         self.advance(done)
-        self.report((done - self._before) / max(time.monotonic() - self._began, 1e-9), note)
+        now = time.monotonic()
+        if self._bar is not None or now >= self._said + self._seconds:
+            self.report((done - self._before) / max(now - self._began, 1e-9), note)
+            self._said = now
 
     def report(self, img_per_s: float, note: str = "") -> None:
         """Say how it goes."""
@@ -62,7 +69,7 @@ class Progress:
             say(text)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """The bar goes no further."""
         if self._bar is not None:
             self._bar.close()
 
