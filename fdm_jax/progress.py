@@ -11,6 +11,9 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
+# Between lines in a log, of work that counts faster than anybody reads.
+LINE_SECONDS = 30.0
+
 
 class Progress:
     """A bar on a terminal; plain lines, one per call of ``count`` or ``report``, elsewhere.
@@ -19,7 +22,7 @@ class Progress:
       total: images of the whole work.
       done: images that were done before this start.
       quiet: show nothing (processes other than the first).
-      seconds: at least, from one line of ``count`` to the next.
+      seconds: from one line of ``count`` to the next, at least; the last one always comes.
     """
 
     def __init__(self, total: int, done: int, quiet: bool = False, seconds: float = 0.0):
@@ -42,14 +45,18 @@ class Progress:
         """``done`` images are done; say so, if it is time, with the speed since this start."""
         self.advance(done)
         now = time.monotonic()
-        if self._bar is not None or now >= self._said + self._seconds:
+        if self._bar is not None or now >= self._said + self._seconds or done == self._total:
             self.report((done - self._before) / max(now - self._began, 1e-9), note)
             self._said = now
+
+    def more(self, images: int, note: str = "") -> None:
+        """So many more are done; say so likewise."""
+        self.count(self._done + images, note)
 
     def report(self, img_per_s: float, note: str = "") -> None:
         """Say how it goes."""
         if self._bar is not None:
-            self._bar.set_postfix_str(note.strip())
+            self._bar.set_postfix_str(note.strip(), refresh=False)
         elif not self._quiet:
             speed = ""
             if img_per_s > 0:

@@ -14,6 +14,7 @@ A prepared set trains as --config.data.source=NAME, and its folder can be moved 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import shlex
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdm_jax.cli.places import check_out, path_argument
 from fdm_jax.errors import UserError
-from fdm_jax.progress import Progress, say
+from fdm_jax.progress import LINE_SECONDS, Progress, say
 
 if TYPE_CHECKING:
     from fdm_jax.data.sources import Source
@@ -203,9 +204,8 @@ def export(args: argparse.Namespace) -> int:
     from fdm_jax.data.export import write_zip
 
     source = _open(args)
-    progress = Progress(len(source), 0)
-    write_zip(source, args.out, progress.advance)
-    progress.close()
+    with contextlib.closing(Progress(len(source), 0, seconds=LINE_SECONDS)) as progress:
+        write_zip(source, args.out, progress.count)
     print(f"{source.spec}, in {args.out}.")
     return 0
 

@@ -12,6 +12,7 @@ that was stopped goes on where it was.  Several processes share the work by --di
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -103,10 +104,10 @@ def _generate(args: argparse.Namespace, seeds: np.ndarray) -> None:
 def _fill(out: _Output, args: argparse.Namespace, model: Loaded, sampler: Sampler, seeds: np.ndarray) -> None:
     """Each process makes every so-manieth batch on its own devices, in a folder that all of them see."""
     import jax
-    from tqdm import tqdm
 
     from fdm_jax.devices import make_mesh
     from fdm_jax.host_memory import program_check
+    from fdm_jax.progress import LINE_SECONDS, Progress
     from fdm_jax.sampling.generate import BatchedGenerator
     from fdm_jax.training.agreement import all_or_none, check_shared, of_the_first
 
@@ -125,11 +126,12 @@ def _fill(out: _Output, args: argparse.Namespace, model: Loaded, sampler: Sample
         ]
         ours = np.concatenate([missing[:0], *batches[jax.process_index() :: jax.process_count()]])
         done, names = len(seeds) - len(missing), iter(seeds[ours])
-        with tqdm(total=len(seeds), initial=done, unit="img", disable=None if first else True) as bar:
+        with contextlib.closing(Progress(len(seeds), done, quiet=not first, seconds=LINE_SECONDS)) as progress:
             for images in generator(sampler.variables, seeds[ours], labels[ours]):
                 for image in images:
                     out.put(int(next(names)), image)
-                bar.update(min(len(images) * jax.process_count(), len(seeds) - bar.n))  # the others are as far
+                done = min(done + len(images) * jax.process_count(), len(seeds))  # the others are as far
+                progress.count(done)
     wait_for_all("all images are there")
     # The others wait: JAX would end all of them if the first one took more than five minutes to part from them.
     with all_or_none(f"The first process cannot write {args.out}, and says why."):

@@ -14,7 +14,6 @@ import itertools
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,13 +25,12 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from fdm_jax.data.raw import RawData, RawSplit
 from fdm_jax.errors import UserError
-from fdm_jax.progress import Progress
+from fdm_jax.progress import LINE_SECONDS, Progress
 from fdm_jax.storage_errors import system_fails
 from fdm_jax.whole_files import locked
 
 SHARD_BYTES = 2**26  # of pixels; TFDS holds the images of a shard in memory while it writes it
 _CHUNK = 16  # pictures that a thread reads at a time
-_REPORT_SECONDS = 10.0
 
 
 class LocalImages(tfds.core.ShardBasedBuilder):
@@ -85,15 +83,14 @@ class LocalImages(tfds.core.ShardBasedBuilder):
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable[[], Iterator[Any]]]]:
         per_shard = max(SHARD_BYTES // (self._raw.resolution**2 * self._raw.channels), 1)
-        progress = _Timed(sum(map(len, self._raw.splits.values())))
 
         def shards(split: RawSplit) -> list[Callable[[], Iterator[Any]]]:
-            examples = self._examples(split, progress)  # goes on from shard to shard
+            examples = self._examples(split)  # goes on from shard to shard
             return [lambda: itertools.islice(examples, per_shard)] * -(-len(split) // per_shard)
 
         return {name: shards(split) for name, split in self._raw.splits.items()}
 
-    def _examples(self, split: RawSplit, progress: _Timed) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _examples(self, split: RawSplit) -> Iterator[tuple[int, dict[str, Any]]]:
         def read(rows: range) -> list[np.ndarray | UserError]:
             images: list[np.ndarray | UserError] = []
             for i in rows:
@@ -113,10 +110,12 @@ class LocalImages(tfds.core.ShardBasedBuilder):
                     continue
                 label = {} if split.labels is None else {"label": int(split.labels[i])}
                 yield i, {"image": image, **label}
-            progress.advance(len(rows))
+            self._progress.more(len(rows))
 
     def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
-        super()._download_and_prepare(*args, **kwargs)
+        total = sum(map(len, self._raw.splits.values()))
+        with contextlib.closing(Progress(total, 0, seconds=LINE_SECONDS)) as self._progress:
+            super()._download_and_prepare(*args, **kwargs)
         for split in self.info.splits.values():
             if not split.num_examples:
                 raise UserError(f"None of the pictures in {split.name} can be read.")
@@ -220,20 +219,3 @@ def _ordered_map(function: Callable[[Any], Any], items: list[Any], threads: int)
         finally:
             for future in waiting:
                 future.cancel()
-
-
-class _Timed:
-    """Progress that reports by the clock."""
-
-    def __init__(self, total: int):
-        self._progress, self._total, self._done = Progress(total, 0), total, 0
-        self._reported = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        self._done += count
-        self._progress.advance(self._done)
-        if time.monotonic() > self._reported + _REPORT_SECONDS:
-            self._progress.count(self._done)
-            self._reported = time.monotonic()
-        if self._done == self._total:
-            self._progress.close()

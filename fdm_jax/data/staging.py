@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fdm_jax.errors import UserError
+from fdm_jax.progress import say
 from fdm_jax.user_dirs import user_cache_dir
 from fdm_jax.whole_files import filesystem, is_remote, locked
 
@@ -82,7 +83,7 @@ def _objects(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _fetch(path: Path, objects: dict[str, dict[str, Any]], target: Path) -> None:
-    """Copy all objects into a file or folder, with a bar."""
+    """Copy all objects into a file or folder, with a bar or a line."""
     size = sum(info["size"] for info in objects.values())
 
     def fetch(name: str, info: dict[str, Any]) -> None:
@@ -99,6 +100,8 @@ def _fetch(path: Path, objects: dict[str, dict[str, Any]], target: Path) -> None
         tqdm(desc=f"Copying {path}", total=size, unit="B", unit_scale=True, disable=None) as bar,
         concurrent.futures.ThreadPoolExecutor(_AT_A_TIME) as threads,
     ):
+        if bar.disable:  # no terminal
+            say(f"Copying {path}, {size / 2**20:,.0f} MiB.")
         futures = [threads.submit(fetch, name, info) for name, info in objects.items()]
         try:
             for future in concurrent.futures.as_completed(futures):

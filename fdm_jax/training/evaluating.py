@@ -21,16 +21,13 @@ from fdm_jax.evaluation.moments import Moments
 from fdm_jax.evaluation.references import open_with_extractor
 from fdm_jax.experiment import Experiment, open_data
 from fdm_jax.host_memory import program_check
-from fdm_jax.progress import Progress
+from fdm_jax.progress import LINE_SECONDS, Progress
 from fdm_jax.sampling import seeds as draws
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
 from fdm_jax.training.agreement import all_or_none, check_data
 from fdm_jax.whole_files import place
 
 log = logging.getLogger(__name__)
-
-# Of an evaluation that takes long, in a log.
-SECONDS_BETWEEN_LINES = 60.0
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the curves
 
@@ -115,13 +112,13 @@ def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Callable[[], 
     def measure(variables: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
         seeds, counted = np.arange(config.num_images, dtype=np.uint32), Moments(extractor.width)
         labels = np.asarray(draws.labels(jnp.asarray(seeds), experiment.num_classes))
-        progress, done = Progress(config.num_images, 0, jax.process_index() > 0, SECONDS_BETWEEN_LINES), 0
-        with contextlib.closing(progress):
+        with contextlib.closing(
+            Progress(config.num_images, 0, quiet=jax.process_index() > 0, seconds=LINE_SECONDS)
+        ) as progress:
             try:
                 for images in generator(variables, seeds, labels):
                     counted.add(maker(images)[0])
-                    done += len(images)
-                    progress.count(done, "evaluating")
+                    progress.more(len(images), "evaluating")
                     if stop():
                         return None
             except NotFinite as error:

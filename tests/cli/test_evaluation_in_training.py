@@ -19,7 +19,7 @@ from fdm_jax.evaluation.denoising import held_out_error
 from fdm_jax.evaluation.moments import moments
 from fdm_jax.evaluation.references import Reference, save_reference
 from fdm_jax.sampling.generate import NotFinite
-from fdm_jax.training import evaluating, loop
+from fdm_jax.training import loop
 from fdm_jax.training.checkpoints import Checkpoints
 from fdm_jax.training.evaluating import Evaluator
 from fdm_jax.training.step import TrainState
@@ -44,8 +44,7 @@ def run(tmp_path_factory, data_dir, statistics):
         *EVERY, f"--config.eval.ref={statistics}", "--config.checkpoint.keep_latest=1",
         "--config.checkpoint.keep_every_images=100000",
     ]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patches, contextlib.redirect_stderr(io.StringIO()) as said:
-        patches.setattr(evaluating, "SECONDS_BETWEEN_LINES", 0)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
         assert main(tiny.arguments(workdir, data_dir, *more)) == 0
     assert said.getvalue().count("40 of 40 images (100%)  evaluating  ") == 5
     return workdir

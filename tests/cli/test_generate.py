@@ -271,7 +271,7 @@ def test_guidance(straight_run, tmp_path, capsys):
         return np.load(out)["image"].astype(int), capsys.readouterr().err
 
     plain, said = images()
-    assert not said
+    assert "label dropout" not in said and said.count("\n") == 1  # how fast it was
     one, said = images("--guidance=1")
     assert "trained without label dropout" in said
     assert abs(one - plain).max() <= 1  # rounding
@@ -279,7 +279,7 @@ def test_guidance(straight_run, tmp_path, capsys):
     outside, _ = images("--guidance=40", "--guidance-interval=200,300")
     np.testing.assert_array_equal(outside, plain)
     itself, said = images("--guidance=3", f"--guide={straight_run}")
-    assert abs(itself - plain).max() <= 1 and not said
+    assert abs(itself - plain).max() <= 1 and "label dropout" not in said
     for more, words in (
         (["--guide=x"], "--guide needs a scale"),
         (["--guidance-interval=0.2,3"], "--guidance-interval needs a scale"),
