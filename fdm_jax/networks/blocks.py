@@ -81,8 +81,8 @@ class GroupNorm(nn.Module):
             variance = of_group(jnp.maximum(squares - jnp.square(own), 0) + jnp.square(own - centre))
         else:
             variance = of_group(jnp.mean(jnp.square(x - centre[:, None, None, :]), axis=(1, 2)))
-        factor = jax.lax.rsqrt(variance + EPSILON) * scale
-        return ((x - centre[:, None, None, :]) * factor[:, None, None, :] + bias).astype(self.dtype)
+        factor = jax.lax.rsqrt(variance + EPSILON) * scale[None]
+        return ((x - centre[:, None, None, :]) * factor[:, None, None, :] + bias[None, None, None]).astype(self.dtype)
 
 
 @jax.custom_jvp
@@ -155,19 +155,25 @@ def _convolved(x: jax.Array, kernel: jax.Array, pad: int) -> jax.Array:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+def _beside(bias: jax.Array, x: jax.Array) -> jax.Array:
+    """With axes of length 1 for those that x [..., C] has more."""
+    return bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
 @jax.custom_jvp
 def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """x [..., C] + bias [C] in the type of x; the bias's gradient, a sum over all pixels, is taken in float32.
 
     By itself it would be summed in the type of x, which is less exact, and on TPUs slower.
     """
-    return x + bias.astype(x.dtype)
+    return x + _beside(bias, x).astype(x.dtype)
 
 
 @_add_bias.defjvp
 def _add_bias_jvp(primals: Any, tangents: Any) -> Any:
     dx, dbias = tangents
-    return _add_bias(*primals), (dx + dbias).astype(dx.dtype)  # dbias is float32: so is the sum
+    exact = dx.astype(dbias.dtype) + _beside(dbias, dx)  # float32: so is the sum that the transposition makes
+    return _add_bias(*primals), exact.astype(dx.dtype)
 
 
 class QKV(nn.Module):
@@ -314,7 +320,7 @@ class UNetBlock(nn.Module):
         h = nn.silu(group_norm(x.shape[-1], self.dtype, "norm0")(x, parts=parts))
         # A bias in the shift costs nothing, nor does its gradient, which is else a sum over all pixels.
         h, bias = Conv(self.features, 3, give_bias=True, **resampled, name="conv0")(h)
-        shift = nn.Dense(self.features, kernel_init=xavier_uniform(), name="affine")(emb) + bias
+        shift = nn.Dense(self.features, kernel_init=xavier_uniform(), name="affine")(emb) + bias[None]
         h = nn.silu(group_norm(self.features, self.dtype, "norm1")(h, shift))
         if self.dropout > 0 and dropout_keys is not None:
             h = dropout(h, self.dropout, dropout_keys)

@@ -14,13 +14,13 @@ def positional_embedding(c_noise: jax.Array, channels: int) -> jax.Array:
     """sin and cos of c_noise times the frequencies 10000^(-i / (channels/2 - 1))."""
     half = channels // 2
     freqs = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / (half - 1))
-    angles = c_noise.astype(jnp.float32)[:, None] * freqs
+    angles = c_noise.astype(jnp.float32)[:, None] * freqs[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def fourier_embedding(c_noise: jax.Array, freqs: jax.Array) -> jax.Array:
     """sin and cos of 2 pi f c_noise for the given frequencies [channels / 2]."""
-    angles = c_noise.astype(jnp.float32)[:, None] * (2 * jnp.pi * freqs)
+    angles = c_noise.astype(jnp.float32)[:, None] * (2 * jnp.pi * freqs)[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
