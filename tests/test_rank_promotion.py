@@ -13,6 +13,7 @@ import tiny
 from fdm_jax.cli.config import load
 from fdm_jax.experiment import Experiment
 from fdm_jax.sampling import Churn
+from fdm_jax.sampling.editing import colorise, inpaint
 from fdm_jax.sampling.solvers import SOLVERS
 from fdm_jax.training.step import init_state, make_train_step
 
@@ -64,3 +65,9 @@ def test_sampler(model, solver, churn):
     seeds, labels = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((2,), jnp.int32)
     images, *_ = jax.tree.leaves(jax.eval_shape(generate, variables, seeds, labels))
     assert images.shape == (2, 16, 16, 3)
+
+
+def test_editing():
+    x = jnp.zeros((2, 4, 4, 3))
+    for denoise_fn in (inpaint(lambda x, sigma: x, x, jnp.ones((4, 4, 1))), colorise(lambda x, sigma: x, x[..., :1])):
+        assert jax.eval_shape(denoise_fn, x, jnp.ones(())).shape == x.shape

@@ -257,14 +257,13 @@ def make_reference(args: argparse.Namespace) -> int:
     )
     maker = FeatureMaker(extractor, make_mesh(), args.batch, program_check())
     counted, kept = Moments(extractor.width), []
-    progress, done = Progress(num, 0), 0
+    progress = Progress(num, 0)
     for batch in source.in_order(512, num):
         features, _ = maker(batch["image"])
         counted.add(features)
         if args.keep_features:
             kept.append(features)
-        done += len(features)
-        progress.count(done)
+        progress.more(len(features))
     progress.close()
     description = extractor.describe() | {
         "data": spec.name, "split": args.split, "images": num, "resolution": spec.resolution, "versions": versions(),

@@ -55,13 +55,12 @@ def extract_all(
     mesh = make_mesh(jax.local_devices())
     maker = FeatureMaker(extractor, mesh, min(args.batch, images.num), program_check())
     progress = Progress(total, total - left, quiet=jax.process_index() > 0)
-    began, done = time.monotonic(), total - left
+    began = time.monotonic()
     for start in missing:
         features, logits = maker(images.make(start, min(start + piece, images.num)))
         check_finite(features)
         save_npz(pieces / f"{start:09d}.npz", {"features": features} | ({} if logits is None else {"logits": logits}))
-        done += len(features)
-        progress.count(done)
+        progress.more(len(features))
     progress.close()
     wait_for_all("all features are there")
     return time.monotonic() - began, piece

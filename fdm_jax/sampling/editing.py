@@ -33,6 +33,7 @@ def inpaint(denoise_fn: DenoiseFn, known: jax.Array, mask: jax.Array) -> Denoise
     fits = zip(mask.shape[::-1], known.shape[::-1], strict=False)
     if mask.ndim > known.ndim or not all(size in (1, wanted) for size, wanted in fits):
         raise UserError(f"The mask is {list(mask.shape)}, which does not fit images of {list(known.shape)}.")
+    mask = mask.reshape((1,) * (known.ndim - mask.ndim) + mask.shape)
     return lambda x, sigma: mask * denoise_fn(x, sigma) + (1 - mask) * known
 
 
@@ -67,7 +68,7 @@ def colorise(denoise_fn: DenoiseFn, grey: jax.Array) -> DenoiseFn:
     """
     if grey.shape[-1] != 1:
         raise UserError(f"Colorisation starts from images with 1 channel, and these have {grey.shape[-1]}.")
-    luma = jnp.asarray(LUMA, grey.dtype)
+    luma = jnp.asarray(LUMA, grey.dtype).reshape((1,) * (grey.ndim - 1) + (-1,))
 
     def denoise(x: jax.Array, sigma: jax.Array, /) -> jax.Array:
         D = denoise_fn(x, sigma)
