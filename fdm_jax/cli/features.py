@@ -55,6 +55,8 @@ def extract_all(
     mesh = make_mesh(jax.local_devices())
     maker = FeatureMaker(extractor, mesh, min(args.batch, images.num), program_check())
     progress = Progress(total, total - left, quiet=jax.process_index() > 0)
+    if missing:
+        progress.say(f"Compiling what runs on the device; then {left:,} images, {piece:,} at a time.")
     began = time.monotonic()
     for start in missing:
         features, logits = maker(images.make(start, min(start + piece, images.num)))

@@ -127,6 +127,7 @@ def _fill(out: _Output, args: argparse.Namespace, model: Loaded, sampler: Sample
         ours = np.concatenate([missing[:0], *batches[jax.process_index() :: jax.process_count()]])
         done, names = len(seeds) - len(missing), iter(seeds[ours])
         with contextlib.closing(Progress(len(seeds), done, quiet=not first, seconds=LINE_SECONDS)) as progress:
+            progress.say(f"Compiling the sampler; then {len(missing):,} images, {generator.batch_size:,} at a time.")
             for images in generator(sampler.variables, seeds[ours], labels[ours]):
                 for image in images:
                     out.put(int(next(names)), image)

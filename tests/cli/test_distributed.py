@@ -324,6 +324,7 @@ def test_generated_by_two_processes(straight_run, tmp_path):
     more = ["--seeds=0-9", "--steps=3", "--batch=4"]
     assert main(["generate", f"--workdir={straight_run}", f"--out={tmp_path}/one.png", *more]) == 0
     said = finish(start_all(["generate", f"--workdir={straight_run}", f"--out={tmp_path}/two.png", *more], 2), [0, 0])
+    assert "Compiling the sampler; then 10 images, 4 at a time." in said[0] and "Compiling" not in said[1]
     assert "10 images in" in said[0] and "images in" not in said[1]
     one, two = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("one", "two"))
     assert np.abs(one - two).max() <= 1 and one.std() > 10

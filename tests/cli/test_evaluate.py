@@ -115,6 +115,7 @@ def test_it_goes_on_where_it_was(measured, place, monkeypatch, capsys):
     monkeypatch.setattr(module, "generated_images", counting)
     assert evaluate(place, *arguments) == 0
     assert made == [(512, 1024)]
+    assert "then 512 images, 512 at a time." in capsys.readouterr().err
     assert result(out)["metrics"] == before["metrics"]
 
 

@@ -271,7 +271,7 @@ def test_guidance(straight_run, tmp_path, capsys):
         return np.load(out)["image"].astype(int), capsys.readouterr().err
 
     plain, said = images()
-    assert "label dropout" not in said and said.count("\n") == 1  # how fast it was
+    assert "label dropout" not in said and said.count("\n") == 2  # what is to be made, and how fast it was
     one, said = images("--guidance=1")
     assert "trained without label dropout" in said
     assert abs(one - plain).max() <= 1  # rounding
