@@ -194,9 +194,10 @@ def _train_spec(config: ConfigDict, num_classes: int) -> TrainSpec:
         if not least <= value < math.inf:
             wanted = "finite" if value >= least else f"{least} or more"
             raise UserError(f"{name} must be {wanted}, and is {value}.")
-    for name in ("seed", "warmup_steps"):  # int32 on the devices
-        if config[name] >= 2**31:
-            raise UserError(f"{name} must be below 2^31, and is {config[name]}.")
+    # Signed and unsigned numbers of 32 bits on the devices; an image that is generated has a seed.
+    for name, bits in (("seed", 31), ("warmup_steps", 31), ("eval.num_images", 32)):
+        if (value := _field(config, name)) >= 2**bits:
+            raise UserError(f"{name} must be below 2^{bits}, and is {value}.")
     for name in ("threads", "workers"):
         if config.data[name] > MAX_READERS:
             raise UserError(f"data.{name} must be at most {MAX_READERS}, and is {config.data[name]}.")

@@ -181,6 +181,7 @@ def test_a_stop_at_the_last_step_is_not_the_end(tmp_path, data_dir, monkeypatch,
         (["--config.eval.held_out_split="], "there is nothing to evaluate"),
         (["--config.eval.ref=STATISTICS", "--config.eval.extractor=classifier"], "needs its weights"),
         (["--config.eval.num_images=1"], "eval.num_images must be 2 or more"),
+        (["--config.eval.num_images=5000000000"], "eval.num_images must be below 2^32"),
     ],
 )
 def test_bad_input(tmp_path, data_dir, statistics, capsys, arguments, words):
