@@ -32,7 +32,7 @@ from fdm_jax.cli.distributed import add_distributed_argument, joined
 from fdm_jax.cli.features import FEATURES, extract_all, gather
 from fdm_jax.cli.images import existing_images, generated_images
 from fdm_jax.cli.places import check_out, path_argument, place_argument
-from fdm_jax.cli.record import write_json
+from fdm_jax.cli.record import but_places, differing, write_json
 from fdm_jax.cli.sampling import add_checkpoint_argument, add_class_argument, add_sampling_arguments, check_noise
 from fdm_jax.errors import UserError
 from fdm_jax.progress import Progress, say
@@ -208,14 +208,14 @@ def _measured_before(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Figures of the same images that are in the folder already: those asked for now do not drive them out."""
     try:
         before = json.loads((folder / "result.json").read_text())
-        return dict(before["metrics"]) if before["settings"] == json.loads(json.dumps(settings)) else {}
+        return dict(before["metrics"]) if not differing(before["settings"], settings) else {}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
 
 
 def folder_name(name: str, settings: dict[str, Any]) -> str:
-    """Short, and another one for other settings."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    """Short, and another one for other settings, but the same one when the run was moved."""
+    digest = hashlib.sha256(json.dumps(but_places(settings), sort_keys=True).encode()).hexdigest()[:8]
     return f"{name}-{digest}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from fdm_jax.cli.distributed import wait_for_all
 from fdm_jax.cli.images import Images
-from fdm_jax.cli.record import SETTINGS, made_otherwise, read_settings, write_json
+from fdm_jax.cli.record import SETTINGS, differing, made_otherwise, read_settings, write_json
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import made_again, make_folder, save_npz
 
@@ -89,7 +88,7 @@ def _claim(folder: Path, settings: dict[str, Any], piece: int) -> None:
     Raises:
       UserError: see :func:`extract_all`.
     """
-    settings, pieces = json.loads(json.dumps(settings)), folder / FEATURES
+    pieces = folder / FEATURES
     try:
         make_folder(pieces)
         before = read_settings(folder)
@@ -99,8 +98,8 @@ def _claim(folder: Path, settings: dict[str, Any], piece: int) -> None:
         if before is not None:  # perhaps with another --batch, or on other devices, which suit other pieces
             of_before = before.pop("piece", piece)
             piece = of_before if kept else piece
-        if begun and before is not None and before != settings:
-            raise made_otherwise(folder, "an evaluation", before, settings)
+        if begun and before is not None and (different := differing(before, settings)):
+            raise made_otherwise(folder, "an evaluation", different)
         write_json(folder / SETTINGS, settings | {"piece": piece})
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
@@ -113,10 +112,9 @@ def _claimed(folder: Path, settings: dict[str, Any]) -> int:
       UserError: the first process wrote other settings, or into another folder.
     """
     found = read_settings(folder) or {}
-    # Places may have other names on other hosts.
-    ours = {k: v for k, v in json.loads(json.dumps(settings)).items() if k not in ("workdir", "guide", "images", "ref")}
-    if any(found.get(k) != v for k, v in ours.items()):
+    piece = found.pop("piece", None)
+    if piece is None or differing(found, settings):
         raise UserError(
             f"{folder} is not the same for all processes: give --checkpoint if the run goes on, and an --out that all see."
         )
-    return found["piece"]
+    return piece

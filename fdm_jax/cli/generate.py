@@ -24,7 +24,7 @@ import numpy as np
 from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
 from fdm_jax.cli.places import path_argument, place_argument
-from fdm_jax.cli.record import SETTINGS, made_otherwise, read_settings
+from fdm_jax.cli.record import SETTINGS, differing, made_otherwise, read_settings
 from fdm_jax.cli.sampling import (
     Loaded,
     Sampler,
@@ -168,11 +168,11 @@ class _Output:
                 raise UserError(
                     f"{self.folder} holds pictures that fdm generate did not make: delete it, or give another --out."
                 )
-            if before is not None and before != settings:
+            if before is not None and (different := differing(before, settings)):
                 if self.folder != path:
                     self._clear()  # ours, and of another request
                 elif kept:
-                    raise made_otherwise(path, "images", before, settings)
+                    raise made_otherwise(path, "images", different)
             write_text(self.folder / SETTINGS, json.dumps(settings, indent=1))
         except OSError as error:
             if disk_full(error):

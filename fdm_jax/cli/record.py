@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from fdm_jax.errors import UserError
 from fdm_jax.whole_files import append_text, make_folder, write_text, write_whole
 
 SETTINGS = "settings.json"
+
+# Names in settings of what has a checksum there as well.  A run may be moved, and is called otherwise on other hosts.
+PLACES = ("workdir", "guide", "images", "ref")
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
@@ -38,10 +41,21 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
-def made_otherwise(place: Path, what: str, before: Mapping[str, Any], settings: Mapping[str, Any]) -> UserError:
-    """What to say where ``what`` is there already, made with other settings."""
-    different = ", ".join(sorted(k for k in {**before, **settings} if before.get(k) != settings.get(k)))
-    return UserError(f"{place} holds {what} made with another {different}: delete it, or give another --out.")
+def but_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that decide results, as they are read back."""
+    return {name: value for name, value in json.loads(json.dumps(dict(settings))).items() if name not in PLACES}
+
+
+def differing(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that make results others; one that is not there is like None."""
+    before, settings = but_places(before), but_places(settings)
+    return sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
+
+
+def made_otherwise(place: Path, what: str, different: Sequence[str]) -> UserError:
+    """What to say where ``what`` is there already, made with other settings of these names."""
+    names = ", ".join(different)
+    return UserError(f"{place} holds {what} made with another {names}: delete it, or give another --out.")
 
 
 def parse_record(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -74,27 +88,30 @@ class Record:
     def __init__(self, path: Path, settings: Mapping[str, Any]):
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        settings = json.loads(json.dumps(dict(settings)))
         try:
             make_folder(path.parent)
             if path.exists() and (text := path.read_text()):
-                self._read(text, dict(settings))
+                self._read(text, settings)
             else:
-                write_text(path, json.dumps({"settings": settings}) + "\n")
+                self._begin(settings)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
 
-    def _read(self, text: str, settings: dict[str, Any]) -> None:
+    def _begin(self, settings: Mapping[str, Any]) -> None:
+        write_text(self.path, json.dumps({"settings": dict(settings)}) + "\n")
+
+    def _read(self, text: str, settings: Mapping[str, Any]) -> None:
         try:
             before, self.rows = parse_record(text)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.path} is there already and is not a file of results: give another --out."
             ) from error
-        if before != settings and not self.rows:  # that command failed before its first result
-            write_text(self.path, json.dumps({"settings": settings}) + "\n")
-        elif before != settings:
-            raise made_otherwise(self.path, "results", before, settings)
+        different = differing(before, settings)
+        if different and not self.rows:  # that command failed before its first result
+            self._begin(settings)
+        elif different:
+            raise made_otherwise(self.path, "results", different)
         elif not text.endswith("\n"):
             write_text(self.path, text[: text.rindex("\n") + 1])
 

@@ -180,7 +180,8 @@ class Loaded(NamedTuple):
         """What a result has to say of it.  Another run in the same workdir comes to the same steps with other weights."""
         import jax
 
-        digest = hashlib.sha256()
+        # The same weights denoise otherwise in another family, or without momentum.
+        digest = hashlib.sha256(repr(self.experiment.family).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.variables):
             digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
         own = {"checkpoint": self.checkpoint, "model_sha256": digest.hexdigest()}

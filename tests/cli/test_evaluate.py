@@ -1,6 +1,7 @@
 """`fdm evaluate` on the tiny run: statistics, generated and existing images, a stop in the middle, refusals."""
 
 import argparse
+import dataclasses
 import errno
 import json
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from cli.conftest import start_all
 from encoded import png
 
-from fdm_jax.cli.evaluate import open_reference
+from fdm_jax.cli.evaluate import folder_name, open_reference
 from fdm_jax.cli.features import _claim, _claimed
 from fdm_jax.cli.main import main
 from fdm_jax.cli.sampling import load_model, load_with_guide
@@ -92,7 +93,7 @@ def test_generated_images(measured, place, straight_run, tmp_path):
     assert ours == pytest.approx(direct, rel=1e-5)
 
 
-def test_it_goes_on_where_it_was(measured, place, monkeypatch, capsys):
+def test_it_goes_on_where_it_was(measured, place, straight_run, tmp_path, monkeypatch, capsys):
     from fdm_jax.cli import evaluate as module
 
     out, arguments = measured
@@ -113,10 +114,25 @@ def test_it_goes_on_where_it_was(measured, place, monkeypatch, capsys):
         return images
 
     monkeypatch.setattr(module, "generated_images", counting)
-    assert evaluate(place, *arguments) == 0
+    moved = shutil.copytree(straight_run, tmp_path / "moved")  # as the run may be meanwhile
+    assert evaluate(place, f"--workdir={moved}", *arguments[1:]) == 0
     assert made == [(512, 1024)]
     assert "then 512 images, 512 at a time." in capsys.readouterr().err
     assert result(out)["metrics"] == before["metrics"]
+
+
+def test_weights_of_another_family_are_another_model(straight_run):
+    model = load_model(straight_run)
+    plain = dataclasses.replace(model.experiment, family=dataclasses.replace(model.experiment.family, momentum=None))
+    assert model.experiment.family.momentum is not None
+    assert model._replace(experiment=plain).describe()["model_sha256"] != model.describe()["model_sha256"]
+
+
+def test_a_run_that_was_moved_finds_its_evaluation():
+    settings = {"workdir": "a", "model_sha256": "1", "ref": "b", "num": 2}
+    name = folder_name("step-1", settings)
+    assert folder_name("step-1", settings | {"workdir": "c", "ref": "d"}) == name
+    assert folder_name("step-1", settings | {"model_sha256": "2"}) != name
 
 
 @pytest.mark.slow

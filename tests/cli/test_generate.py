@@ -1,6 +1,7 @@
 """Images from a run: by seed, in one grid or one npz, resumed, refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -124,6 +125,15 @@ def test_it_goes_on_after_a_kill_that_came_while_the_pieces_were_removed(straigh
     assert out.exists() and [path.name for path in parts.iterdir()] == [".lock"]
     assert generate(straight_run, out, "--seeds=0-3", "--batch=8") == 0
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_run_that_was_moved_goes_on_in_its_folder(straight_run, tmp_path):
+    out, moved = tmp_path / "images", shutil.copytree(straight_run, tmp_path / "moved")
+    assert generate(straight_run, out, "--seeds=0-3", "--batch=4") == 0
+    kept = (out / "000000.png").stat().st_mtime_ns
+    assert generate(moved, out, "--seeds=0-7", "--batch=4") == 0
+    assert (out / "000000.png").stat().st_mtime_ns == kept and (out / "000007.png").exists()
+    assert json.loads((out / "settings.json").read_text())["workdir"] == str(moved)
 
 
 def test_other_settings_are_not_mixed_into_a_folder(folder, straight_run, capsys):

@@ -56,6 +56,14 @@ def test_a_stop_in_the_middle_makes_no_difference(twelve, straight_run, tmp_path
     assert f"{np.mean(list(after.values())):.4f} +- " in said and "12 images of digits (test)" in said
 
 
+def test_a_run_that_was_moved_keeps_its_results(twelve, straight_run, tmp_path, monkeypatch):
+    moved = shutil.copytree(straight_run, tmp_path / "moved")
+    out = shutil.copy(twelve, tmp_path / "bits.jsonl")
+    monkeypatch.setattr("fdm_jax.cli.likelihood.compile_bits", None)  # nothing is computed
+    assert likelihood(moved, out, "--num=12", "--batch=8") == 0
+    assert out.read_text() == twelve.read_text()
+
+
 def test_other_settings_are_refused(twelve, straight_run, capsys):
     assert likelihood(straight_run, twelve, "--num=12", "--seed=1") == 2
     assert "holds results made with another seed" in capsys.readouterr().err
