@@ -102,7 +102,7 @@ def _claim(folder: Path, settings: dict[str, Any], piece: int) -> None:
             raise made_otherwise(folder, "an evaluation", different)
         write_json(folder / SETTINGS, settings | {"piece": piece})
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{folder} cannot be written: {error.strerror}; give another --out.") from error
 
 
 def _claimed(folder: Path, settings: dict[str, Any]) -> int:

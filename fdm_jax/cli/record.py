@@ -95,7 +95,8 @@ class Record:
             else:
                 self._begin(settings)
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{path} cannot be written: {why}; give another --out.") from error
 
     def _begin(self, settings: Mapping[str, Any]) -> None:
         write_text(self.path, json.dumps({"settings": dict(settings)}) + "\n")

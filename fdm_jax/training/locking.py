@@ -58,7 +58,7 @@ def _local_lock(workdir: Path, hold: bool) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"{workdir} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{workdir} cannot be written: {error.strerror}; give another folder.") from error
     with file:
         if hold:
             try:

@@ -208,7 +208,8 @@ def test_workdir_of_another_configuration_names_the_fields(capsys, straight_run,
 
 def test_workdir_that_cannot_be_written(capsys, tmp_path, data_dir):
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in refused(capsys, tiny.arguments(tmp_path / "file" / "run", data_dir))
+    sentence = refused(capsys, tiny.arguments(tmp_path / "file" / "run", data_dir))
+    assert "file/run cannot be written: Not a directory; give another folder." in sentence
 
 
 def test_workdir_in_use(capsys, tmp_path, data_dir):

@@ -85,6 +85,8 @@ def test_settings_without_results_stand_in_nobodys_way(tmp_path):
     assert Record(tmp_path / "bits.jsonl", {"tolerance": 1e-5}).rows == [{"index": 0}]
     with pytest.raises(UserError, match="results made with another tolerance"):
         Record(tmp_path / "bits.jsonl", {"tolerance": 1e-12})
+    with pytest.raises(UserError, match="in/it cannot be written: Not a directory; give another --out."):
+        Record(tmp_path / "bits.jsonl" / "in" / "it", {"tolerance": 1e-12})
 
 
 def test_other_data_of_the_same_name_is_refused(straight_run, tmp_path, capsys):
