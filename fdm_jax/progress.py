@@ -22,13 +22,15 @@ class Progress:
       total: images of the whole work.
       done: images that were done before this start.
       quiet: show nothing (processes other than the first).
-      seconds: from one line of ``count`` to the next, at least; the last one always comes.
+      seconds: from one line of ``count`` to the next, at least.
+      last: say that all are done, however soon; not where a line with the result says so.
     """
 
-    def __init__(self, total: int, done: int, quiet: bool = False, seconds: float = 0.0):
+    def __init__(self, total: int, done: int, quiet: bool = False, seconds: float = 0.0, last: bool = True):
         self._total, self._done, self._quiet, self._seconds = total, done, quiet, seconds
         self._before, self._began = done, time.monotonic()
         self._said, self._bar = self._began, None
+        self._last = last
         if sys.stderr.isatty() and not quiet:
             # One that is begun while there is another is below it, and goes when it is closed (leave=None).
             self._bar = tqdm(
@@ -45,7 +47,8 @@ class Progress:
         """``done`` images are done; say so, if it is time, with the speed since this start."""
         self.advance(done)
         now = time.monotonic()
-        if self._bar is not None or now >= self._said + self._seconds or done == self._total:
+        all_done = self._last and done == self._total
+        if self._bar is not None or now >= self._said + self._seconds or all_done:
             self.report((done - self._before) / max(now - self._began, 1e-9), note)
             self._said = now
 

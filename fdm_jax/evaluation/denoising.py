@@ -47,29 +47,40 @@ class DenoisingError:
         shardings = None if rows is None else (None, rows, rows, rows, rows)
         self._errors = checked(jax.jit(errors, in_shardings=shardings), check)
 
-    def mean(self, variables: Any, *, levels: int = 4, P_mean: float = -1.2, P_std: float = 1.2) -> float:
+    def mean(
+        self, variables: Any, *, levels: int = 4, P_mean: float = -1.2, P_std: float = 1.2,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> float:  # fmt: skip
         """The mean over pixels, images and noise levels.
 
         Args:
           variables: of the model.
           levels: noise levels per image: ln sigma ~ N(P_mean, P_std^2) drawn once in each of so many equal slices of
             the distribution.
+          on_batch: called after each batch with how many noised images were in it; what it raises ends the work.
         """
         rng = np.random.default_rng(self._seed)
         quantiles = (np.arange(levels) + rng.random((len(self._images), levels))) / levels
         sigma = np.exp(P_mean + P_std * scipy.special.ndtri(quantiles)).ravel().astype(np.float32)
-        return float(self._run(variables, sigma, rng).mean())
+        return float(self._run(variables, sigma, rng, on_batch=on_batch).mean())
 
-    def by_sigma(self, variables: Any, sigmas: Sequence[float]) -> np.ndarray:
-        """The mean over pixels and images at each of the noise levels, [len(sigmas)]; every level has the same noise."""
+    def by_sigma(
+        self, variables: Any, sigmas: Sequence[float], *, on_batch: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """The mean over pixels and images at each of the noise levels, [len(sigmas)]; every level has the same noise.
+
+        ``on_batch`` is that of :meth:`mean`.
+        """
         rng = np.random.default_rng(self._seed)
         sigma = np.tile(np.asarray(sigmas, np.float32), len(self._images))
         noise = np.repeat(rng.standard_normal(self._images.shape, dtype=np.float32), len(sigmas), axis=0)
-        return self._run(variables, sigma, rng, noise).reshape(len(self._images), len(sigmas)).mean(axis=0)
+        errors = self._run(variables, sigma, rng, noise, on_batch)
+        return errors.reshape(len(self._images), len(sigmas)).mean(axis=0)
 
     def _run(
-        self, variables: Any, sigma: np.ndarray, rng: np.random.Generator, noise: np.ndarray | None = None
-    ) -> np.ndarray:
+        self, variables: Any, sigma: np.ndarray, rng: np.random.Generator, noise: np.ndarray | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> np.ndarray:  # fmt: skip
         """Errors [len(sigma)], where each image has so many noise levels in a row."""
         if noise is None:
             noise = rng.standard_normal((len(sigma), *self._images.shape[1:]), dtype=np.float32)
@@ -79,6 +90,8 @@ class DenoisingError:
         for rows, part in in_batches(self._batch_size, images, noise, sigma, labels):
             placed = part if self._rows is None else put(part, self._rows)
             parts.append(fetch(self._errors(variables, *placed)).astype(np.float64)[:rows])
+            if on_batch is not None:
+                on_batch(rows)
         return np.concatenate(parts)
 
 

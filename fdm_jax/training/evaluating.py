@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,7 +29,14 @@ from fdm_jax.whole_files import place
 
 log = logging.getLogger(__name__)
 
+Stop = Callable[[], bool]  # whether to break off
+
+LEVELS = 4  # noise levels per image of the one figure
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the curves
+
+
+class _BrokenOff(Exception):
+    """An evaluation was told to stop in the middle."""
 
 
 class Evaluator:
@@ -39,39 +46,57 @@ class Evaluator:
       experiment: of the run.
       mesh: whose devices work on it.
 
+    Attributes:
+      compiled: whether a call has come to its end, so that the next one begins at once.
+
     Raises:
       UserError: held-out data or statistics that are missing or do not fit.
     """
 
     def __init__(self, experiment: Experiment, mesh: Mesh):
         config = experiment.config.eval
-        self._error: DenoisingError | None = None
-        self._samples: Callable[[Any, Callable[[], bool]], dict[str, float] | None] | None = None
+        self.compiled = False
+        self._measures: list[Callable[[Any, Stop], dict[str, float]]] = []
         if config.held_out_split:
-            self._error = _held_out(experiment, mesh)
+            self._measures.append(_held_out(experiment, mesh))
         if config.ref:
-            self._samples = _frechet(experiment, mesh)
-        if self._error is None and self._samples is None:
+            self._measures.append(_frechet(experiment, mesh))
+        if not self._measures:
             raise UserError(
                 "eval.every_images is set, and there is nothing to evaluate: set eval.held_out_split, eval.ref, or both."
             )
 
-    def __call__(self, variables: Any, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+    def __call__(self, variables: Any, stop: Stop = lambda: False) -> dict[str, float] | None:
         """Figures of the averaged weights {"params": ..., ...constants}; None if ``stop`` said so in the middle."""
-        figures = {}
-        if self._error is not None:
-            figures["val/error"] = self._error.mean(variables)
-            by_sigma = self._error.by_sigma(variables, SIGMAS)
-            figures |= {f"val/error@{sigma:g}": float(value) for sigma, value in zip(SIGMAS, by_sigma, strict=True)}
-        if self._samples is not None:
-            measured = self._samples(variables, stop)
-            if measured is None:
-                return None
-            figures |= measured
+        figures: dict[str, float] = {}
+        try:
+            for measure in self._measures:
+                figures |= measure(variables, stop)
+        except _BrokenOff:
+            return None
+        self.compiled = True
         return figures
 
 
-def _held_out(experiment: Experiment, mesh: Mesh) -> DenoisingError:
+@contextlib.contextmanager
+def _counting(total: int, stop: Stop) -> Iterator[Callable[[int], None]]:
+    """What to call with the number of images of every batch that is done: shows how it goes, and stops when asked to.
+
+    Raises:
+      _BrokenOff: from the call, if ``stop`` said so.
+    """
+
+    def count(images: int) -> None:
+        progress.more(images, "evaluating")
+        if stop():
+            raise _BrokenOff
+
+    quiet = jax.process_index() > 0
+    with contextlib.closing(Progress(total, 0, quiet=quiet, seconds=LINE_SECONDS, last=False)) as progress:
+        yield count
+
+
+def _held_out(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Stop], dict[str, float]]:
     config, shape = experiment.config.eval, experiment.image_shape
     with all_or_none("Another process cannot have the held-out images, and says why."):
         try:
@@ -96,10 +121,20 @@ def _held_out(experiment: Experiment, mesh: Mesh) -> DenoisingError:
     # No more than a step holds at a time, gradients and all.
     train = experiment.config.train
     size = -(-min(256, 4 * len(images), train.batch_size // train.accumulation) // mesh.size) * mesh.size
-    return DenoisingError(denoise, images, batch["label"], batch_size=size, rows=sharded(mesh), check=program_check())
+    denoising = DenoisingError(
+        denoise, images, batch["label"], batch_size=size, rows=sharded(mesh), check=program_check()
+    )
+
+    def measure(variables: Any, stop: Stop) -> dict[str, float]:
+        with _counting(len(images) * (LEVELS + len(SIGMAS)), stop) as count:
+            figures = {"val/error": denoising.mean(variables, levels=LEVELS, on_batch=count)}
+            by_sigma = denoising.by_sigma(variables, SIGMAS, on_batch=count)
+        return figures | {f"val/error@{sigma:g}": float(value) for sigma, value in zip(SIGMAS, by_sigma, strict=True)}
+
+    return measure
 
 
-def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Callable[[], bool]], dict[str, float] | None]:
+def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Stop], dict[str, float]]:
     config = experiment.config.eval
     with all_or_none("Another process cannot measure samples (eval.ref), and says why."):
         weights = place(config.weights) if config.weights else None
@@ -109,18 +144,14 @@ def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Callable[[], 
     maker = FeatureMaker(extractor, mesh, generator.batch_size, check)
     name = "eval/fid" if extractor.kind == "inception" else "eval/frechet_distance"
 
-    def measure(variables: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
+    def measure(variables: Any, stop: Stop) -> dict[str, float]:
         seeds, counted = np.arange(config.num_images, dtype=np.uint32), Moments(extractor.width)
         labels = np.asarray(draws.labels(jnp.asarray(seeds), experiment.num_classes))
-        with contextlib.closing(
-            Progress(config.num_images, 0, quiet=jax.process_index() > 0, seconds=LINE_SECONDS)
-        ) as progress:
+        with _counting(len(seeds), stop) as count:
             try:
                 for images in generator(variables, seeds, labels):
                     counted.add(maker(images)[0])
-                    progress.more(len(images), "evaluating")
-                    if stop():
-                        return None
+                    count(len(images))
             except NotFinite as error:
                 log.warning("No %s: %s", name, error)
                 return {name: float("nan")}

@@ -254,6 +254,8 @@ class _Run:
     def _evaluate(self, stop: Stop) -> bool:
         """Whether it was done, and not broken off by a signal."""
         assert self.evaluator is not None
+        if not self.evaluator.compiled:
+            self.progress.say("Compiling the evaluation: the first time, minutes for a large network.")
         with self.meter.paused():
             with self._within_memory("evaluation", "eval", "batch_size"):
                 figures = self.evaluator(self._averaged(), stop.now)
@@ -364,6 +366,7 @@ class _Run:
             rows, columns = self.sample_grid
             seeds = np.arange(rows * columns)
             if self.generator is None:
+                self.progress.say("Compiling the sampler of the pictures: the first time, minutes for a large network.")
                 generate = self.experiment.generate_fn()
                 self.generator = BatchedGenerator(generate, self.mesh, len(seeds), check=program_check())
             try:

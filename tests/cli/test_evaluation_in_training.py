@@ -44,9 +44,15 @@ def run(tmp_path_factory, data_dir, statistics):
         *EVERY, f"--config.eval.ref={statistics}", "--config.checkpoint.keep_latest=1",
         "--config.checkpoint.keep_every_images=100000",
     ]  # fmt: skip
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.MonkeyPatch.context() as patches:
+        patches.setattr("fdm_jax.training.evaluating.LINE_SECONDS", 0.0)
         assert main(tiny.arguments(workdir, data_dir, *more)) == 0
-    assert said.getvalue().count("40 of 40 images (100%)  evaluating  ") == 5
+    for line in (
+        "40 of 40 images (100%)  evaluating  ",
+        f"{50 * (4 + 9)} of {50 * (4 + 9)} images (100%)  evaluating  ",
+    ):
+        assert said.getvalue().count(line) == 5
+    assert said.getvalue().count("Compiling the evaluation") == 1
     return workdir
 
 
@@ -115,7 +121,7 @@ def test_what_the_end_of_a_start_prevents_the_next_one_does(tmp_path, data_dir, 
 
     def broken_off(self, variables, stop):
         signal.raise_signal(signal.SIGTERM)
-        return None if stop() else pytest.fail("nothing would break it off")
+        return evaluate(self, variables, stop)
 
     def no_memory(self, *args):
         raise MemoryError("it takes 9 GiB")
@@ -125,7 +131,7 @@ def test_what_the_end_of_a_start_prevents_the_next_one_does(tmp_path, data_dir, 
             raise KeyboardInterrupt
         sample(self)
 
-    sample = loop._Run._sample
+    sample, evaluate = loop._Run._sample, Evaluator.__call__
 
     def without_memory(owner, sentence):
         with monkeypatch.context() as patches:
@@ -137,7 +143,8 @@ def test_what_the_end_of_a_start_prevents_the_next_one_does(tmp_path, data_dir, 
     with monkeypatch.context() as patches:
         patches.setattr(Evaluator, "__call__", broken_off)
         assert main(tiny.arguments(stopped, data_dir, *more)) == 0
-        assert "Stopped by SIGTERM at step 4, saved" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "Stopped by SIGTERM at step 4, saved" in said and "evaluating" not in said  # a second is no long work
         assert not evaluations(stopped) and not (stopped / "samples").exists()
     without_memory(loop.BatchedGenerator, "picture of step 4: go on with a smaller --config.samples.rows than 1")
     with monkeypatch.context() as patches:
@@ -157,9 +164,9 @@ def test_a_stop_at_the_last_step_is_not_the_end(tmp_path, data_dir, monkeypatch,
 
     def signalled(self, *args):
         signal.raise_signal(signal.SIGTERM)
-        return next_batches(self, *args) if stopped_in == "step" else None
+        return (next_batches if stopped_in == "step" else evaluate)(self, *args)
 
-    next_batches = loop._Run._next_batches
+    next_batches, evaluate = loop._Run._next_batches, Evaluator.__call__
     with monkeypatch.context() as patches:
         if stopped_in == "step":
             patches.setattr(loop._Run, "_next_batches", signalled)
