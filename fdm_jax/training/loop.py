@@ -22,7 +22,7 @@ from fdm_jax.devices import make_mesh, put, replicated
 from fdm_jax.errors import RestartNeeded, UserError, lost_another, memory_full
 from fdm_jax.experiment import Experiment
 from fdm_jax.host_memory import program_check
-from fdm_jax.progress import Progress
+from fdm_jax.progress import Progress, say
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
 from fdm_jax.storage_errors import file_trouble
 from fdm_jax.training.agreement import check_config, check_data, check_shared
@@ -33,7 +33,8 @@ from fdm_jax.training.metering import Meter
 from fdm_jax.training.metrics import is_evaluation
 from fdm_jax.training.starting import check_configuration, fresh_state, initial_state, weights_of_another_run
 from fdm_jax.training.stopping import Stop, stop_requests
-from fdm_jax.training.writers import Writers
+from fdm_jax.training.watchdog import Watchdog
+from fdm_jax.training.writers import Writers, in_words, write_curves
 from fdm_jax.whole_files import write_text
 
 # Programs sent to the devices before the metrics of the first are waited for: keeps them busy, bounds the queue.
@@ -156,6 +157,7 @@ class _Run:
     def train(self, watch: Callable[[int], None] | None = None) -> bool:
         self._begin()
         with stop_requests() as stop, self._closing() as closing:
+            closing.enter_context(self.watchdog)  # the last to end
             closing.push(self._close_checkpoints)
             for each in (self.batches, self.progress, self.writers):
                 if each is not None:
@@ -186,9 +188,10 @@ class _Run:
                         self._report()
                 if self._due(self.sample_steps) and not stopping:
                     self._sample()
+            self.watchdog.at("a checkpoint to be written")
             self.checkpoints.wait()
             if self.writers is not None:
-                _write_curves(self.workdir, self.writers.rows)
+                write_curves(self.workdir, self.writers.rows)
             # Stopped after the last step, what belongs to the end is still to be done.
             belongs = self._due(self.eval_steps) or self._due(self.sample_steps)
             complete = self.step >= self.total_steps and not (stopping and belongs)
@@ -213,6 +216,8 @@ class _Run:
         if self.writers is not None:
             self.seconds_before = max((row.get("seconds") or 0.0 for row in self.writers.rows), default=0.0)
         self.progress = Progress(self.total_steps * self.batch_size, self.nimg, quiet=not self.main)
+        process = f"Process {jax.process_index()}: " if jax.process_count() > 1 else ""
+        self.watchdog = Watchdog(self.progress.say if self.main else say, process)  # each process tells of itself
         if self.step:
             self.progress.say(f"Going on from step {self.step:,} ({self.nimg:,} images).")
         # No method: a cycle would keep the state on the devices for a while after the run.
@@ -235,6 +240,7 @@ class _Run:
     def _report(self) -> None:
         """A row of the steps since the last one."""
         row = {"step": self.step, "nimg": self.nimg, **self.meter.row(), "seconds": self._seconds()}
+        self.watchdog.at("figures to be written")
         if self.writers is not None:
             self.writers.scalars(row)
         self.progress.report(row.get("img_per_s", 0.0), f"loss {row['loss']:<8.4g}")
@@ -256,18 +262,26 @@ class _Run:
         assert self.evaluator is not None
         if not self.evaluator.compiled:
             self.progress.say("Compiling the evaluation: the first time, minutes for a large network.")
+
+        def broken_off() -> bool:  # after every batch
+            self.watchdog.at("an evaluation")
+            return stop.now()
+
         with self.meter.paused():
+            self.watchdog.at("an evaluation")
             with self._within_memory("evaluation", "eval", "batch_size"):
-                figures = self.evaluator(self._averaged(), stop.now)
+                figures = self.evaluator(self._averaged(), broken_off)
             if figures is None:
                 return False
+            self.watchdog.at("figures to be written")
             if self.writers is not None:
                 self.writers.scalars({"step": self.step, "nimg": self.nimg} | figures | {"seconds": self._seconds()})
-            self.progress.say(f"{self.nimg:>11,} images: {_in_words(figures)}")
+            self.progress.say(f"{self.nimg:>11,} images: {in_words(figures)}")
         return True
 
     def _save(self) -> None:
         with self.meter.paused():
+            self.watchdog.at("a checkpoint to be written")
             position = self.batches.get_state(unused=self._unused())
             meta = {"config": self.config.to_dict(), "data": position}
             self.checkpoints.save(self.step, self.parallel.get_state(self.state), meta)
@@ -305,7 +319,9 @@ class _Run:
 
     def _send(self) -> None:
         """Send the next step, or several as one program, to the devices."""
+        self.watchdog.at("data")
         count, batch = self._next_batches()
+        self.watchdog.at("the devices (a compilation, a step, or another process)")
         run: Any = self.parallel.step if count == 1 else self.parallel.steps
         if self.check is not None:  # the call below finds it compiled, as one of pmap's would not
             self.check(run.lower(self.state, batch).compile())
@@ -363,6 +379,7 @@ class _Run:
     def _sample(self) -> None:
         """A grid from the EMA with seeds 0, 1, ...; with classes, a class per column."""
         with self.meter.paused():
+            self.watchdog.at("a picture")
             rows, columns = self.sample_grid
             seeds = np.arange(rows * columns)
             if self.generator is None:
@@ -381,16 +398,3 @@ class _Run:
             grid = pictures.image_grid(images, columns, scale=scale)
             pictures.save_png(grid, self._picture())
             self.writers.image("samples", np.asarray(grid.convert("RGB")), self.nimg)
-
-
-def _in_words(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if "@" not in name and name != "seconds")
-
-
-def _write_curves(workdir: Path, rows: list[dict[str, Any]]) -> None:
-    """Loss and held-out error against images seen, for the eye."""
-    for key, file, label in (("loss", "curves.png", "loss"), ("val/error", "held_out.png", "held-out error")):
-        points = [(row["nimg"], row[key]) for row in rows if row.get(key) is not None]
-        if len(points) > 1:
-            nimg, values = zip(*points, strict=True)
-            pictures.curves_png(workdir / file, {label: (nimg, values)}, "images seen", label, logy=key == "loss")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import register_writer_factory
 
+from fdm_jax import pictures
 from fdm_jax.training.metrics import read_metrics
 from fdm_jax.whole_files import append_text, filesystem, make_folder, write_text
 
@@ -96,3 +97,17 @@ class Writers:
     def close(self) -> None:
         """On Google Cloud Storage, the last upload."""
         self._events.close()
+
+
+def in_words(figures: Mapping[str, float]) -> str:
+    """Figures of an evaluation but for those by noise level, for a line of the log."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if "@" not in name and name != "seconds")
+
+
+def write_curves(workdir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Loss and held-out error against images seen, for the eye."""
+    for key, file, label in (("loss", "curves.png", "loss"), ("val/error", "held_out.png", "held-out error")):
+        points = [(row["nimg"], row[key]) for row in rows if row.get(key) is not None]
+        if len(points) > 1:
+            nimg, values = zip(*points, strict=True)
+            pictures.curves_png(workdir / file, {label: (nimg, values)}, "images seen", label, logy=key == "loss")

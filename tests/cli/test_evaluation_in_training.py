@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import signal
+import time
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from fdm_jax.evaluation.denoising import held_out_error
 from fdm_jax.evaluation.moments import moments
 from fdm_jax.evaluation.references import Reference, save_reference
 from fdm_jax.sampling.generate import NotFinite
-from fdm_jax.training import loop
+from fdm_jax.training import loop, watchdog
 from fdm_jax.training.checkpoints import Checkpoints
 from fdm_jax.training.evaluating import Evaluator
 from fdm_jax.training.step import TrainState
@@ -164,20 +165,25 @@ def test_a_stop_at_the_last_step_is_not_the_end(tmp_path, data_dir, monkeypatch,
 
     def signalled(self, *args):
         signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.5)
         return (next_batches if stopped_in == "step" else evaluate)(self, *args)
 
     next_batches, evaluate = loop._Run._next_batches, Evaluator.__call__
     with monkeypatch.context() as patches:
+        patches.setattr(watchdog, "PATIENCE", 0.25)
         if stopped_in == "step":
             patches.setattr(loop._Run, "_next_batches", signalled)
         else:
             patches.setattr(Evaluator, "__call__", signalled)
         assert main(arguments) == 0
-    assert "Stopped by SIGTERM at step 1, saved" in capsys.readouterr().err and not evaluations(tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "Stopped by SIGTERM at step 1, saved" in said and not evaluations(tmp_path / "run")
+    assert f"minutes: waiting for {'data' if stopped_in == 'step' else 'an evaluation'}." in said
     # The one step was slow for its compilation, which says nothing of the speed.
     assert "img_per_s" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert main(arguments) == 0
-    assert "Stopped" not in capsys.readouterr().err and len(evaluations(tmp_path / "run")) == 1
+    said = capsys.readouterr().err
+    assert "Stopped" not in said and "waiting" not in said and len(evaluations(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize(
