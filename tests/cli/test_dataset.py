@@ -188,6 +188,15 @@ def test_bad_input(capsys, tmp_path, monkeypatch, arguments, sentence):
     assert len(said) == 1 and said[0].startswith("fdm dataset: ") and sentence in said[0]
 
 
+def test_a_user_without_a_home(capsys, monkeypatch):
+    """Its number alone is known, as in many a container."""
+    for variable in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("os.path.expanduser", os.fspath)
+    assert fdm("stats", "cifar10") == 2
+    assert "Set HOME, or XDG_CACHE_HOME, to a folder" in capsys.readouterr().err
+
+
 def test_data_dir_that_cannot_be_written(capsys, photos, tmp_path):
     (tmp_path / "file").write_text("")
     assert fdm("prepare", "folder", f"--source={photos}", f"--data_dir={tmp_path / 'file'}") == 2
