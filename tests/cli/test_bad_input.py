@@ -389,6 +389,25 @@ def test_the_exit_code_is_had_where_a_log_is_full(tmp_path, how, code):
         assert subprocess.run(command, stdout=log, stderr=log).returncode == code
 
 
+SAID_TO_NOBODY = """
+import os, sys
+from fdm_jax.cli import main
+def say(argv):
+    print("The table."), print("A line.", file=sys.stderr), os.write(2, b"what a library says")
+    return sys.stdin.read() != "" or open(argv[0], "w").fileno() < 3
+main.main = say
+main.entry_point()
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-"])
+def test_closed_streams(tmp_path, closed):
+    """As some who start services leave them: no file of a run gets their numbers, and what is printed to them."""
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", SAID_TO_NOBODY, str(tmp_path / "file")]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+    assert (tmp_path / "file").read_bytes() == b""
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no device that is always full")
 def test_output_to_a_full_disk():
     """A log is often on the same disk: the exit code is left to say it."""
