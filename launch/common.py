@@ -39,6 +39,8 @@ def say(text: str) -> None:
 def show(text: str, stream: TextIO | None = None) -> None:
     """On standard output, at once; lost where a log's disk is full or nobody reads it, which a run is to outlive."""
     stream = stream or sys.stdout
+    if stream is None:  # closed, as by >&-
+        return
     with contextlib.suppress(OSError):  # and not kept in a buffer, which Python would try to write out at its end
         os.write(stream.fileno(), text.encode(stream.encoding, "replace"))
 

@@ -257,13 +257,16 @@ def test_under_nohup_a_hang_up_is_nothing(local, handled_by):
 
 def test_output_that_nobody_takes_ends_nothing(local):
     """Here more of it than a pipe holds."""
-    chatty = FDM.replace("hello from", f"{200_000 * 'x'} from").replace("print(", 'index == "0" or print(')
+    chatty = FDM.replace("hello from", 2_000 * (100 * "x" + r"\n")).replace("print(", 'index == "0" or print(')
     local.program("fdm", chatty)
     arguments = ("--processes=2", *local.fast, "--", "train", "1:exitonce=9")
     launcher = local.start("local", *arguments)
     launcher.stdout.close()
     launcher.stderr.close()
     assert launcher.wait(timeout=60) == 0 and local.starts(0) == local.starts(1) == 2
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *local.command("local", *arguments)]
+    assert subprocess.run(command, cwd=local.folder, env=local.env, timeout=60).returncode == 0
+    assert local.starts(0) == local.starts(1) == 3
 
 
 def test_a_workdir_that_cannot_be_looked_into(local):
