@@ -136,9 +136,20 @@ def _explained(error: Exception, args: argparse.Namespace) -> tuple[str, int] | 
         return refused, 2
     if failed := devices_failed(error):
         return failed
+    if isinstance(error, FileNotFoundError) and _folder_gone():
+        return "The current folder is there no more: change to another one, or back to what is at its place now.", 2
     if said := memory_full(error):
         return f"Memory is full ({said}): {_less_memory(args)}. Nothing already saved is lost.", 2
     return None
+
+
+def _folder_gone() -> bool:
+    """Whether the current folder was deleted; ``.`` is there still."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def devices_failed(error: BaseException | None) -> tuple[str, int] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -79,7 +80,7 @@ class Checkpoints:
       read_only: nothing is written, deleted or moved.
 
     Raises:
-      UserError: Orbax's note of when one was written is damaged.
+      UserError: the directory's name is not UTF-8, or Orbax's note of when one was written is damaged.
     """
 
     def __init__(
@@ -91,6 +92,13 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self._directory, self._read_only = resolved(directory), read_only
+        if re.search(
+            "[\ud800-\udfff]", str(self._directory)
+        ):  # what Python makes of such bytes; TensorStore refuses it
+            raise UserError(
+                f"Checkpoints cannot be kept in {str(self._directory)!r}, whose name has bytes that are not UTF-8: rename it, or "
+                "set PYTHONUTF8=1 if it only looks so."
+            )
         self._metrics = directory.parent / "metrics.jsonl"
         keep: list[policies.PreservationPolicy] = []
         if not read_only and keep_latest is not None:

@@ -280,6 +280,21 @@ def test_own_sentence_about_what_may_pass_ends_as_a_crash(capsys, monkeypatch):
     assert capsys.readouterr().err == "fdm plan: The workdir cannot be written.\n"
 
 
+def test_a_current_folder_that_was_deleted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["plan", "--config=edm.py:digits"]) == 2
+    assert capsys.readouterr().err.startswith("fdm plan: The current folder is there no more: ")
+
+
+def test_a_workdir_whose_name_is_not_utf_8(tmp_path, capsys):
+    """It is refused before anything is compiled: TensorStore would refuse it at the first save."""
+    workdir = tmp_path / os.fsdecode(b"caf\xe9")
+    assert main(tiny.arguments(workdir)) == 2
+    assert "bytes that are not UTF-8: rename it" in capsys.readouterr().err
+
+
 def test_other_errors_of_files_are_not_hidden(monkeypatch):
     """Such as a missing file of ours."""
 
