@@ -12,6 +12,7 @@ import fcntl
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -86,6 +87,19 @@ def filesystem() -> Any:
 def resolved(path: Path) -> Path:
     """The absolute path, without links."""
     return path if is_remote(path) else path.resolve()
+
+
+def check_utf8(path: Path) -> None:
+    """Refuse a path that TensorStore and array_record, which are not Python, could not take.
+
+    Raises:
+      UserError: its name has bytes that are not UTF-8; Python makes surrogates of them.
+    """
+    if re.search("[\ud800-\udfff]", str(path)):
+        raise UserError(
+            f"{str(path)!r} has bytes that are not UTF-8, and cannot hold data or checkpoints: rename it, or set "
+            "PYTHONUTF8=1 if it only looks so."
+        )
 
 
 # --- Files ---

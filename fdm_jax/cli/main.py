@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import keyword
 import os
 import select
@@ -184,6 +185,10 @@ def _less_memory(args: argparse.Namespace) -> str:
 def entry_point() -> None:
     """The console script."""
     _replace_closed_streams()
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # what cannot be shown there, such as a name, is shown escaped, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.unraisablehook = _leave_out_echoes
     # Pictures are drawn into files, and matplotlib refuses to be imported for a back end that it does not know.
     os.environ["MPLBACKEND"] = "agg"

@@ -27,7 +27,7 @@ from fdm_jax.data.raw import RawData, RawSplit
 from fdm_jax.errors import UserError
 from fdm_jax.progress import LINE_SECONDS, Progress
 from fdm_jax.storage_errors import system_fails
-from fdm_jax.whole_files import locked
+from fdm_jax.whole_files import check_utf8, locked
 
 SHARD_BYTES = 2**26  # of pixels; TFDS holds the images of a shard in memory while it writes it
 _CHUNK = 16  # pictures that a thread reads at a time
@@ -175,8 +175,9 @@ def prepare(data_dir: Path, name: str, make_builder: Callable[[], tfds.core.Data
 
     Raises:
       OSError: ``data_dir`` cannot be written.
-      UserError: what the builder says of its source.
+      UserError: what the builder says of its source; or see :func:`fdm_jax.whole_files.check_utf8`.
     """
+    check_utf8(data_dir)
     folder = Path(make_builder().data_dir)
     if not folder.exists():
         data_dir.mkdir(parents=True, exist_ok=True)

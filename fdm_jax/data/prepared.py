@@ -14,6 +14,7 @@ import numpy as np
 from fdm_jax.data.sources import DataSpec, Source
 from fdm_jax.errors import UserError
 from fdm_jax.storage_errors import system_fails
+from fdm_jax.whole_files import check_utf8
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _INFO, _FEATURES = "dataset_info.json", "features.json"
@@ -56,11 +57,12 @@ class PreparedSource(Source):
       split: in TFDS's words: ``train``, ``test``, ``train+test`` (or ``all``), ``train[:1000]``, ``train[90%:]``.
 
     Raises:
-      UserError: there is no such split, files are missing or damaged, or the examples are not an ``image`` of
-        bytes of one square size with at most one ``label``, a class.
+      UserError: there is no such split, files are missing or damaged, the folder's name is not UTF-8, or the examples
+        are not an ``image`` of bytes of one square size with at most one ``label``, a class.
     """
 
     def __init__(self, folder: Path, split: str = "train"):
+        check_utf8(folder)
         self._folder, self._split = folder, split
         info = self._builder.info
         try:

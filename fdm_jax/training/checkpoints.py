@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -28,7 +27,7 @@ from fdm_jax.storage_errors import system_fails
 from fdm_jax.training.agreement import in_all, of_the_first
 from fdm_jax.training.metrics import ranking_figures, read_metrics
 from fdm_jax.training.step import TrainState
-from fdm_jax.whole_files import is_remote, move_folder, remove_folder, resolved
+from fdm_jax.whole_files import check_utf8, is_remote, move_folder, remove_folder, resolved
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +91,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self._directory, self._read_only = resolved(directory), read_only
-        if re.search(
-            "[\ud800-\udfff]", str(self._directory)
-        ):  # what Python makes of such bytes; TensorStore refuses it
-            raise UserError(
-                f"Checkpoints cannot be kept in {str(self._directory)!r}, whose name has bytes that are not UTF-8: rename it, or "
-                "set PYTHONUTF8=1 if it only looks so."
-            )
+        check_utf8(self._directory)
         self._metrics = directory.parent / "metrics.jsonl"
         keep: list[policies.PreservationPolicy] = []
         if not read_only and keep_latest is not None:

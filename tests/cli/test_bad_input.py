@@ -292,7 +292,7 @@ def test_a_workdir_whose_name_is_not_utf_8(tmp_path, capsys):
     """It is refused before anything is compiled: TensorStore would refuse it at the first save."""
     workdir = tmp_path / os.fsdecode(b"caf\xe9")
     assert main(tiny.arguments(workdir)) == 2
-    assert "bytes that are not UTF-8: rename it" in capsys.readouterr().err
+    assert "bytes that are not UTF-8, and cannot hold data" in capsys.readouterr().err
 
 
 def test_other_errors_of_files_are_not_hidden(monkeypatch):
@@ -402,6 +402,20 @@ def test_the_exit_code_is_had_where_a_log_is_full(tmp_path, how, code):
     with open(tmp_path / "log", "w") as log:
         command = [sys.executable, "-c", SAID_TO_A_FULL_LOG, how]
         assert subprocess.run(command, stdout=log, stderr=log).returncode == code
+
+
+SAID_OF_A_NAME = """
+from fdm_jax.cli import main
+main.main = lambda argv: print("Kept in caf\\udce9.")
+main.entry_point()
+"""
+
+
+def test_results_tell_of_names_that_cannot_be_shown(monkeypatch):
+    """Else the work would be done, and end as a fault of ours."""
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    ended = tiny.run_script(SAID_OF_A_NAME)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "Kept in caf\\udce9.\n", "")
 
 
 SAID_TO_NOBODY = """

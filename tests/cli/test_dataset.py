@@ -204,6 +204,13 @@ def test_data_dir_that_cannot_be_written(capsys, photos, tmp_path):
     assert "folder/photos cannot be prepared in" in said and f"'{tmp_path / 'file'}" in said
 
 
+def test_data_dir_whose_name_is_not_utf_8(capsys, photos, tmp_path):
+    """array_record would not find its way there."""
+    data_dir = tmp_path / os.fsdecode(b"caf\xe9")
+    assert fdm("prepare", "folder", f"--source={photos}", f"--data_dir={data_dir}") == 2
+    assert "bytes that are not UTF-8, and cannot hold data" in capsys.readouterr().err
+
+
 def test_sources_that_may_not_be_read(capsys, photos, tmp_path, monkeypatch):
     def closed(path):  # root, as whom tests may run, may read anything
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
