@@ -90,15 +90,15 @@ def resolved(path: Path) -> Path:
 
 
 def check_utf8(path: Path) -> None:
-    """Refuse a path that TensorStore and array_record, which are not Python, could not take.
+    """Refuse a path that TensorStore, array_record and XLA, which are not Python, could not take.
 
     Raises:
       UserError: its name has bytes that are not UTF-8; Python makes surrogates of them.
     """
     if re.search("[\ud800-\udfff]", str(path)):
         raise UserError(
-            f"{str(path)!r} has bytes that are not UTF-8, and cannot hold data or checkpoints: rename it, or set "
-            "PYTHONUTF8=1 if it only looks so."
+            f"{str(path)!r} has bytes that are not UTF-8, and cannot hold data, checkpoints or compiled programs: "
+            "rename it, or set PYTHONUTF8=1 if it only looks so."
         )
 
 

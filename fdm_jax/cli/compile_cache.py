@@ -17,7 +17,7 @@ from typing import Any
 
 from fdm_jax.progress import say
 from fdm_jax.user_dirs import user_cache_dir
-from fdm_jax.whole_files import is_remote, place
+from fdm_jax.whole_files import check_utf8, is_remote, place
 
 _TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)", re.DOTALL)
 
@@ -50,6 +50,7 @@ def compile_cache() -> Iterator[None]:
 def _keep_in(folder: str) -> None:
     import jax
 
+    check_utf8(Path(folder))
     jax.config.update("jax_compilation_cache_dir", folder)
     if is_remote(folder):
         place(folder)  # says what is missing
