@@ -54,16 +54,22 @@ ACCELERATORS: dict[str, Accelerator] = {
     "t4": Accelerator("NVIDIA T4", 8.1, 8.1, 16),
     "v100": Accelerator("NVIDIA V100 32GB", 15.7, 15.7, 32),
     "l4": Accelerator("NVIDIA L4", 121, 60, 24),
+    "l40s": Accelerator("NVIDIA L40S", 362, 183, 48),
+    "a6000": Accelerator("NVIDIA RTX A6000", 154.8, 77.4, 48),
+    "rtx3090": Accelerator("NVIDIA RTX 3090", 71, 35.6, 24),
     "rtx4090": Accelerator("NVIDIA RTX 4090", 165, 82.6, 24),
+    "rtx5090": Accelerator("NVIDIA RTX 5090", 209.5, 104.8, 32),
     "a100": Accelerator("NVIDIA A100 80GB", 312, 156, 80),
     "a100-40": Accelerator("NVIDIA A100 40GB", 312, 156, 40),
     "h100": Accelerator("NVIDIA H100 SXM", 989, 494, 80),
     "h200": Accelerator("NVIDIA H200", 989, 494, 141),
+    "b200": Accelerator("NVIDIA B200", 2250, 1100, 180),
     "tpu-v3": Accelerator("TPU v3 core", 61.5, 61.5, 16),  # two to a chip, and JAX counts cores
     "tpu-v4": Accelerator("TPU v4", 275, 275, 32),
     "tpu-v5e": Accelerator("TPU v5e", 197, 197, 16),
     "tpu-v5p": Accelerator("TPU v5p", 459, 459, 95),
     "tpu-v6e": Accelerator("TPU v6e", 918, 918, 32),
+    "tpu7x": Accelerator("TPU7x core", 1153.5, 1153.5, 96),  # likewise; 2,307 TFLOP/s and 192 GiB to a chip
 }
 
 

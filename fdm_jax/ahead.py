@@ -29,14 +29,15 @@ from fdm_jax.xla_flags import has_cuda_plugin
 PLANES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 BLOCKS = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
 
-# Accelerator type -> what JAX calls the slice.  The number in a type counts chips, or the cores of v4 and v5p, which have
-# two to a chip and one to a device.
+# Accelerator type -> what JAX calls the slice.  The number in a type counts chips, or the cores of v4, v5p and TPU7x, which
+# have two to a chip: one device on v4 and v5p, and two on TPU7x.
 SLICES = {
     **{f"v5litepod-{chips}": f"v5e:{shape}" for chips, shape in PLANES.items()},  # as gcloud calls it
     **{f"v5e-{chips}": f"v5e:{shape}" for chips, shape in PLANES.items()},  # as everybody does
     **{f"v6e-{chips}": f"v6e:{shape}" for chips, shape in PLANES.items()},
     **{f"v4-{2 * chips}": f"v4:{shape}" for chips, shape in BLOCKS.items()},
     **{f"v5p-{2 * chips}": f"v5p:{shape}" for chips, shape in BLOCKS.items()},
+    **{f"tpu7x-{2 * chips}": f"tpu7x:{shape}" for chips, shape in BLOCKS.items()},
 }
 
 
@@ -63,11 +64,16 @@ class Gpu:
 GPUS = {
     "t4": Gpu((7, 5), 40, 1.59, 320, 4),
     "l4": Gpu((8, 9), 58, 2.04, 300, 48),
+    "l40s": Gpu((8, 9), 142, 2.52, 864, 96),
+    "a6000": Gpu((8, 6), 84, 1.80, 768, 6),
+    "rtx3090": Gpu((8, 6), 82, 1.70, 936, 6),
     "rtx4090": Gpu((8, 9), 128, 2.52, 1008, 72),
+    "rtx5090": Gpu((12, 0), 170, 2.41, 1792, 96),
     "a100": Gpu((8, 0), 108, 1.41, 2039, 40),
     "a100-40": Gpu((8, 0), 108, 1.41, 1555, 40),
     "h100": Gpu((9, 0), 132, 1.98, 3350, 50),
     "h200": Gpu((9, 0), 132, 1.98, 4800, 60),
+    "b200": Gpu((10, 0), 148, 1.97, 8000, 126),
 }
 
 # Compute capability -> float32 units, threads, KiB of shared memory, and KiB of it that one block can have (CUDA C++
@@ -75,8 +81,11 @@ GPUS = {
 PER_MULTIPROCESSOR = {
     (7, 5): (64, 1024, 64, 64),
     (8, 0): (64, 2048, 164, 163),
+    (8, 6): (128, 1536, 100, 99),
     (8, 9): (128, 1536, 100, 99),
     (9, 0): (128, 2048, 228, 227),
+    (10, 0): (128, 2048, 228, 227),
+    (12, 0): (128, 1536, 100, 99),
 }
 CUDNN = (9, 12)  # its version, which XLA also asks for: what JAX's plugins need at least
 
@@ -119,6 +128,8 @@ def accelerator_of(name: str) -> tuple[str, int]:
     if name in SLICES:
         generation, shape = SLICES[name].split(":")
         chips = {shape: chips for layout in (PLANES, BLOCKS) for chips, shape in layout.items()}
+        if generation == "tpu7x":
+            return generation, 2 * chips[shape]
         return f"tpu-{generation}", chips[shape]
     gpus = re.fullmatch(r"(?:([1-9]\d{0,2})x)?(.+)", name)
     if gpus and gpus[2] in GPUS:

@@ -60,6 +60,7 @@ RUNTIMES = {
     "v5litepod": "v2-alpha-tpuv5-lite",
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
+    "tpu7x": "v2-alpha-tpu7-ubuntu2404",  # not on that list yet: as Google's own benchmarks create it
 }
 
 GONE = ("SUSPENDED", "FAILED")  # states of a queued resource that only deleting it ends

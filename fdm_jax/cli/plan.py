@@ -8,7 +8,7 @@
 Operations and the size of the network are counted from its shapes.  The time follows from the device's peak rate,
 as its vendor gives it, and from the share of it that the run is assumed to reach: `fdm bench` measures that share.
 The cost is that time at the price you give; nothing is looked up.  Devices are counted as JAX counts them: chips,
-on TPU v4 and later (a v4-32 slice has 16, a v5litepod-16 also), and cores on TPU v3.
+on TPU v4, v5 and v6 (a v4-32 slice has 16, a v5litepod-16 also), and cores, two to a chip, on TPU v3 and TPU7x.
 
 With --compile-for the train step is also compiled, for a TPU slice or GPUs that need not be there, by their own compiler
 (libtpu, of the extra `tpu`, or JAX's plugin for CUDA, of `cuda12` and `cuda13`): it says what memory the step takes on

@@ -146,9 +146,13 @@ def test_slices():
     assert ahead.accelerator_of("v5litepod-16") == ("tpu-v5e", 16)
     assert ahead.accelerator_of("v5e-16") == ("tpu-v5e", 16)
     assert ahead.accelerator_of("v4-32") == ("tpu-v4", 16)  # counts cores
+    assert ahead.accelerator_of("tpu7x-8") == ("tpu7x", 8)  # cores, each of them a device
     for name, topology in ahead.SLICES.items():
-        accelerator, chips = ahead.accelerator_of(name)
-        assert accelerator in ACCELERATORS and math.prod(map(int, topology.split(":")[1].split("x"))) == chips
+        accelerator, devices = ahead.accelerator_of(name)
+        per_chip = 2 if accelerator == "tpu7x" else 1
+        assert (
+            accelerator in ACCELERATORS and math.prod(map(int, topology.split(":")[1].split("x"))) * per_chip == devices
+        )
     assert ahead.accelerator_of("h100") == ("h100", 1) and ahead.accelerator_of("16xa100-40") == ("a100-40", 16)
     for name in ("v5x-16", "0xh100", "8xv5litepod-16", "8x", "v100"):
         with pytest.raises(UserError, match=f"There is no TPU slice or GPU '{name}' to compile for: "):

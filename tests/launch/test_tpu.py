@@ -235,7 +235,7 @@ def test_dry_run_of_single_steps(pod, verb, line):
     ("kind", "runtime"),
     [
         ("v3-32", "tpu-ubuntu2204-base"), ("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v5p-8", "v2-alpha-tpuv5"),
-        ("v6e-16", "v2-alpha-tpuv6e"),
+        ("v6e-16", "v2-alpha-tpuv6e"), ("tpu7x-8", "v2-alpha-tpu7-ubuntu2404"),
     ],
 )  # fmt: skip
 def test_runtime_versions(pod, kind, runtime):
