@@ -187,6 +187,10 @@ def test_compiling_for_a_slice(capsys, monkeypatch):
     found = ahead.CompiledStep(argument_bytes=3 * 2**30, temporary_bytes=2**29, all_reduces=2, seconds=150.0)
     monkeypatch.setattr(ahead, "absent_devices", lambda name: [name])
     monkeypatch.setattr(ahead, "compile_step", lambda experiment, devices: found)
+    made = plan.make_plan(experiment(), ACCELERATORS["tpu-v5e"], 8, 0.35)  # once: to count operations takes seconds
+    monkeypatch.setattr(
+        plan, "make_plan", lambda _, *how: made if how == (ACCELERATORS["tpu-v5e"], 8, 0.35, None) else None
+    )
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert "Compiling for 8 x TPU v5e" in printed.err and "8 x TPU v5e reach 35%" in printed.out

@@ -1,5 +1,7 @@
 """Distances grow with what is done to images: noise, blur, classes left out.  Two halves of the real ones are closest."""
 
+import functools
+
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -8,6 +10,7 @@ from fdm_jax.data.digits import load_digits_arrays
 from fdm_jax.devices import make_mesh
 from fdm_jax.evaluation import classifier
 from fdm_jax.evaluation.extractors import Extractor, FeatureMaker, open_extractor
+from fdm_jax.evaluation.kernel import kernel_distance
 from fdm_jax.evaluation.measures import choose_metrics, measure
 from fdm_jax.evaluation.moments import moments
 from fdm_jax.evaluation.references import Reference
@@ -46,7 +49,9 @@ def blurred(images, amount):
     return scipy.ndimage.gaussian_filter(images.astype(float), (0, amount, amount, 0)).astype(np.uint8)
 
 
-def test_the_ladder(digits, features_of):
+def test_the_ladder(digits, features_of, monkeypatch):
+    few = functools.partial(kernel_distance, subsets=10)  # of subsets that are nearly the whole
+    monkeypatch.setattr("fdm_jax.evaluation.measures.kernel_distance", few)
     images, labels = digits
     maker, extractor = features_of
     half = len(images) // 2
