@@ -185,9 +185,8 @@ def _less_memory(args: argparse.Namespace) -> str:
 def entry_point() -> None:
     """The console script."""
     _replace_closed_streams()
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # what cannot be shown there, such as a name, is shown escaped, as on stderr
+    # A name that cannot be shown on standard output is shown escaped, as on standard error.
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.unraisablehook = _leave_out_echoes
     # Pictures are drawn into files, and matplotlib refuses to be imported for a back end that it does not know.

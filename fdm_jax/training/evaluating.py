@@ -29,7 +29,7 @@ from fdm_jax.whole_files import place
 
 log = logging.getLogger(__name__)
 
-Stop = Callable[[], bool]  # whether to break off
+ShouldStop = Callable[[], bool]  # whether to break off
 
 LEVELS = 4  # noise levels per image of the one figure
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the curves
@@ -56,7 +56,7 @@ class Evaluator:
     def __init__(self, experiment: Experiment, mesh: Mesh):
         config = experiment.config.eval
         self.compiled = False
-        self._measures: list[Callable[[Any, Stop], dict[str, float]]] = []
+        self._measures: list[Callable[[Any, ShouldStop], dict[str, float]]] = []
         if config.held_out_split:
             self._measures.append(_held_out(experiment, mesh))
         if config.ref:
@@ -66,7 +66,7 @@ class Evaluator:
                 "eval.every_images is set, and there is nothing to evaluate: set eval.held_out_split, eval.ref, or both."
             )
 
-    def __call__(self, variables: Any, stop: Stop = lambda: False) -> dict[str, float] | None:
+    def __call__(self, variables: Any, stop: ShouldStop = lambda: False) -> dict[str, float] | None:
         """Figures of the averaged weights {"params": ..., ...constants}; None if ``stop`` said so in the middle."""
         figures: dict[str, float] = {}
         try:
@@ -79,7 +79,7 @@ class Evaluator:
 
 
 @contextlib.contextmanager
-def _counting(total: int, stop: Stop) -> Iterator[Callable[[int], None]]:
+def _counting(total: int, stop: ShouldStop) -> Iterator[Callable[[int], None]]:
     """What to call with the number of images of every batch that is done: shows how it goes, and stops when asked to.
 
     Raises:
@@ -96,7 +96,7 @@ def _counting(total: int, stop: Stop) -> Iterator[Callable[[int], None]]:
         yield count
 
 
-def _held_out(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Stop], dict[str, float]]:
+def _held_out(experiment: Experiment, mesh: Mesh) -> Callable[[Any, ShouldStop], dict[str, float]]:
     config, shape = experiment.config.eval, experiment.image_shape
     with all_or_none("Another process cannot have the held-out images, and says why."):
         try:
@@ -125,7 +125,7 @@ def _held_out(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Stop], dict[
         denoise, images, batch["label"], batch_size=size, rows=sharded(mesh), check=program_check()
     )
 
-    def measure(variables: Any, stop: Stop) -> dict[str, float]:
+    def measure(variables: Any, stop: ShouldStop) -> dict[str, float]:
         with _counting(len(images) * (LEVELS + len(SIGMAS)), stop) as count:
             figures = {"val/error": denoising.mean(variables, levels=LEVELS, on_batch=count)}
             by_sigma = denoising.by_sigma(variables, SIGMAS, on_batch=count)
@@ -134,7 +134,7 @@ def _held_out(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Stop], dict[
     return measure
 
 
-def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Stop], dict[str, float]]:
+def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, ShouldStop], dict[str, float]]:
     config = experiment.config.eval
     with all_or_none("Another process cannot measure samples (eval.ref), and says why."):
         weights = place(config.weights) if config.weights else None
@@ -144,7 +144,7 @@ def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, Stop], dict[s
     maker = FeatureMaker(extractor, mesh, generator.batch_size, check)
     name = "eval/fid" if extractor.kind == "inception" else "eval/frechet_distance"
 
-    def measure(variables: Any, stop: Stop) -> dict[str, float]:
+    def measure(variables: Any, stop: ShouldStop) -> dict[str, float]:
         seeds, counted = np.arange(config.num_images, dtype=np.uint32), Moments(extractor.width)
         labels = np.asarray(draws.labels(jnp.asarray(seeds), experiment.num_classes))
         with _counting(len(seeds), stop) as count:

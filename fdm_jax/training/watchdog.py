@@ -23,6 +23,7 @@ class Watchdog:
 
     def __init__(self, say: Callable[[str], None], prefix: str = ""):
         self._say, self._prefix = say, prefix
+        self.at("the run to begin")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, args=(PATIENCE,), daemon=True)
 
@@ -31,7 +32,6 @@ class Watchdog:
         self._now = (time.monotonic(), what)  # in one piece, for the thread
 
     def __enter__(self) -> Watchdog:
-        self.at("the run to begin")
         self._thread.start()
         return self
 
