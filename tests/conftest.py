@@ -44,6 +44,15 @@ if not ON_CPU:
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
+class Clock:
+    """Stands in for the module ``time`` where a test says what time it is."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
 def pytest_configure():
     if not ON_CPU and jax.default_backend() == "cpu":
         raise pytest.UsageError("JAX finds no GPU or TPU here: give EXTRA=cuda12, cuda13 or tpu.")

@@ -2,16 +2,10 @@
 
 import numpy as np
 import pytest
+from conftest import Clock
 
 from fdm_jax.training import metering
 from fdm_jax.training.metering import Meter
-
-
-class Clock:
-    now = 0.0
-
-    def monotonic(self):
-        return self.now
 
 
 @pytest.fixture

@@ -3,15 +3,9 @@
 import time
 
 import pytest
+from conftest import Clock
 
 from fdm_jax.training import watchdog
-
-
-class Clock:
-    now = 0.0
-
-    def monotonic(self):
-        return self.now
 
 
 @pytest.fixture
