@@ -135,7 +135,8 @@ def _inputs(network: nn.Module, image_shape: tuple[int, ...], batch: int) -> tup
     def shape(*sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
-    variables = jax.eval_shape(_plain(network).init, jax.random.key(0), shape(1, *image_shape), shape(1))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(_plain(network).init, key, shape(1, *image_shape), shape(1))
     labels = [shape(batch, width) if width else None for width in (network.label_dim, network.augment_dim)]
     return variables, shape(batch, *image_shape), shape(batch), *labels
 

@@ -263,6 +263,7 @@ def test_golden_uint8(golden):
     data = golden("misc")
     with enable_x64():
         np.testing.assert_array_equal(to_uint8(jnp.asarray(data["uint8/in"])), data["uint8/out"])
+        np.testing.assert_array_equal(to_uint8(data["uint8/in"]), data["uint8/out"])
 
 
 @pytest.mark.parametrize("on_host", [("cpu",), ()])

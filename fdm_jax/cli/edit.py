@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_with_guide(args)
     experiment, shape = model.experiment, model.experiment.image_shape
     known = read_image(args.image, shape, args.action == "colorise") if args.image else None
-    mask = (read_image(args.mask, (*shape[:2], 1), False) > 0).astype(float) if args.mask else None
+    mask = (read_image(args.mask, (*shape[:2], 1), False) > 0).astype(np.float32) if args.mask else None
     generate, variables = make_edit(args, model, seeds, known, mask)
     labels = experiment.choose_labels(args.label, seeds)
     if args.action == "interpolate":  # a frame takes the place of a seed
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     generator = BatchedGenerator(generate, mesh, min(args.batch, count), check=program_check())
     results = np.concatenate(list(generator(variables, seeds, labels)))
     if known is not None:
-        first = np.broadcast_to(np.asarray(to_uint8(known)), results.shape[1:])
+        first = np.broadcast_to(to_uint8(known), results.shape[1:])
         if mask is not None:  # what is to be made is shown grey
             first = np.where(np.asarray(mask) > 0, 128, first).astype(np.uint8)
         results = np.concatenate([first[None], results])
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_edit(
-    args: argparse.Namespace, model: Loaded, ends: np.ndarray, known: jax.Array | None, mask: jax.Array | None
+    args: argparse.Namespace, model: Loaded, ends: np.ndarray, known: Any, mask: Any
 ) -> tuple[GenerateFn, Any]:
     """What is asked for, as a function like :func:`~fdm_jax.sampling.generate.make_generate_fn`'s; and its variables.
 
@@ -188,14 +188,12 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def read_image(path: Path, shape: tuple[int, ...], grey: bool) -> Any:
+def read_image(path: Path, shape: tuple[int, ...], grey: bool) -> np.ndarray:
     """A picture of the model's size, float32 [H, W, C] in [-1, 1].
 
     Raises:
       UserError: it cannot be read, or has another size, or colours come from a model that makes none.
     """
-    import jax.numpy as jnp
-
     from fdm_jax.data.images import ImageShape, decode_picture
 
     if grey and shape[-1] != 3:
@@ -208,4 +206,4 @@ def read_image(path: Path, shape: tuple[int, ...], grey: bool) -> Any:
         raise UserError(
             f"{path} is {ImageShape(*image.shape)}, and the model makes {shape[1]}x{shape[0]}: scale or crop it."
         )
-    return jnp.asarray(image, jnp.float32) / 127.5 - 1
+    return image.astype(np.float32) / 127.5 - 1

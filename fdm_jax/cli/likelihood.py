@@ -127,9 +127,8 @@ def run(args: argparse.Namespace) -> int:
 def compile_bits(experiment: Any, span: tuple[float, float], args: argparse.Namespace, mesh: Any) -> Any:
     """bits(variables, batch, indices) -> (bits per dimension [B], ODE steps); the draws depend on seed and index alone."""
     import jax
-    import jax.numpy as jnp
 
-    from fdm_jax.devices import checked, replicated, sharded
+    from fdm_jax.devices import checked, put, replicated, sharded
     from fdm_jax.host_memory import program_check
     from fdm_jax.sampling.flow import bits_per_dim, exact_trace, hutchinson, log_likelihood
     from fdm_jax.sampling.seeds import dequantise, signs
@@ -149,10 +148,11 @@ def compile_bits(experiment: Any, span: tuple[float, float], args: argparse.Name
     measured = checked(jitted, program_check())
 
     def measure(variables: Any, batch: Any, indices: np.ndarray) -> tuple[np.ndarray, int]:
+        variables = put(variables, whole)
         total, steps = np.zeros(len(indices)), 0
         for draw in range(args.draws):
             seeds = np.random.SeedSequence([args.seed, draw]).generate_state(1)[0] + indices.astype(np.uint32)
-            values, tried, ok = measured(variables, batch["image"], batch["label"], jnp.asarray(seeds))
+            values, tried, ok = measured(variables, *put((batch["image"], batch["label"], seeds), rows))
             if not ok:
                 raise UserError(
                     f"The ODE solver did not get there with a tolerance of {args.tolerance} in {int(tried):,} steps: "

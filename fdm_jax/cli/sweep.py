@@ -187,7 +187,7 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
     """
     import jax
 
-    from fdm_jax.devices import checked, in_batches, make_mesh, replicated, sharded
+    from fdm_jax.devices import checked, in_batches, make_mesh, put, replicated, sharded
     from fdm_jax.host_memory import program_check
     from fdm_jax.sampling.flow import reference_samples
     from fdm_jax.sampling.grids import check_range, sampling_range
@@ -214,11 +214,11 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
         return solved.x, solved.ok
 
     of_batch = checked(jax.jit(solve, in_shardings=(whole, rows, rows), out_shardings=(rows, whole)), program_check())
-    labels, parts = experiment.choose_labels(args.label, seeds), []
+    variables, labels, parts = put(variables, whole), experiment.choose_labels(args.label, seeds), []
     size = -(-min(args.batch, len(seeds)) // mesh.size) * mesh.size
     say(f"the ODE's solution: compiling it; then {size:,} images at a time")
     for count, batch in in_batches(size, seeds, labels):
-        x, ok = of_batch(variables, *batch)
+        x, ok = of_batch(variables, *put(batch, rows))
         if not ok:
             raise UserError(
                 f"The ODE could not be solved with a tolerance of {args.tolerance}: give a larger --tolerance."
@@ -247,6 +247,7 @@ def judge_case(
     from fdm_jax.evaluation.moments import Moments
     from fdm_jax.host_memory import program_check
     from fdm_jax.sampling.generate import BatchedGenerator, check_finite
+    from fdm_jax.sampling.seeds import to_uint8
     from fdm_jax.sampling.solvers import SOLVERS
 
     batch = min(args.batch, len(seeds))
@@ -270,17 +271,9 @@ def judge_case(
         counted = Moments(extractor.width)
         for start in range(0, args.num, generator.batch_size):
             more = np.arange(start, min(start + generator.batch_size, args.num), dtype=np.uint32)
-            counted.add(maker(_to_uint8(sample(more)))[0])
+            counted.add(maker(to_uint8(sample(more)))[0])
         figures["frechet"] = frechet_distance(*counted.result(), stats.mu, stats.sigma)
-    return _to_uint8(images[:SHOWN]), figures
-
-
-def _to_uint8(images: np.ndarray) -> np.ndarray:
-    import jax.numpy as jnp
-
-    from fdm_jax.sampling.seeds import to_uint8
-
-    return np.asarray(to_uint8(jnp.asarray(images)))
+    return to_uint8(images[:SHOWN]), figures
 
 
 def write_tables(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -296,6 +289,7 @@ def write_tables(folder: Path, rows: list[dict[str, Any]]) -> None:
 def draw(folder: Path, rows: list[dict[str, Any]], exact: np.ndarray) -> None:
     """distance.png, frechet.png if it was measured, and samples.png."""
     from fdm_jax import pictures
+    from fdm_jax.sampling.seeds import to_uint8
 
     several_grids = len({row["grid"] for row in rows}) > 1
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {"distance": {}, "frechet": {}}
@@ -317,4 +311,4 @@ def draw(folder: Path, rows: list[dict[str, Any]], exact: np.ndarray) -> None:
             pictures.curves_png(
                 folder / f"{figure}.png", series, "function evaluations", labels[figure], logx=True, logy=True, marker="o"  # type: ignore[arg-type]
             )  # fmt: skip
-    pictures.rows_png(folder / "samples.png", shown | {"the ODE's solution": _to_uint8(exact[:SHOWN])})
+    pictures.rows_png(folder / "samples.png", shown | {"the ODE's solution": to_uint8(exact[:SHOWN])})

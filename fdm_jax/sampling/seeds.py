@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fdm_jax.errors import UserError, nearest
+
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 # Named, as not every generator that JAX can be set to keeps a draw apart from those vmapped beside it.
 GENERATOR = "threefry2x32"
@@ -52,6 +55,9 @@ def labels(seeds: jax.Array, num_classes: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes, jnp.int32))(_keys(seeds, _LABEL))
 
 
+_drawn_labels = jax.jit(labels, static_argnums=1)
+
+
 def choose_labels(
     chosen: int | str | Sequence[int | str] | np.ndarray | None,
     seeds: np.ndarray,
@@ -66,7 +72,7 @@ def choose_labels(
       UserError: the model does not know the class.
     """
     if chosen is None:
-        return np.asarray(labels(jnp.asarray(seeds), num_classes))
+        return np.asarray(_drawn_labels(jax.device_put(as_seeds(seeds)), num_classes))
     right = f"from 0 to {num_classes - 1}" if num_classes else "left out, since this model knows no classes"
     classes = np.asarray(chosen)
     if classes.dtype.kind == "U":
@@ -88,9 +94,9 @@ def churn_noise(seeds: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> ja
     return jax.vmap(draw)(_keys(seeds, _CHURN))
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
-    """[-1, 1] -> clip(x * 127.5 + 128, 0, 255), truncated."""
-    return jnp.clip(images * 127.5 + 128, 0, 255).astype(jnp.uint8)
+def to_uint8(images: AnyArray) -> AnyArray:
+    """[-1, 1] -> clip(x * 127.5 + 128, 0, 255), truncated; where the images are, on a device (JAX) or the host (NumPy)."""
+    return (images * 127.5 + 128).clip(0, 255).astype(np.uint8)  # type: ignore[return-value]
 
 
 def dequantise(images: jax.Array, seeds: jax.Array) -> jax.Array:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,7 +21,6 @@ from fdm_jax.evaluation.references import open_with_extractor
 from fdm_jax.experiment import Experiment, open_data
 from fdm_jax.host_memory import program_check
 from fdm_jax.progress import LINE_SECONDS, Progress
-from fdm_jax.sampling import seeds as draws
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
 from fdm_jax.training.agreement import all_or_none, check_data
 from fdm_jax.whole_files import place
@@ -146,7 +144,7 @@ def _frechet(experiment: Experiment, mesh: Mesh) -> Callable[[Any, ShouldStop], 
 
     def measure(variables: Any, stop: ShouldStop) -> dict[str, float]:
         seeds, counted = np.arange(config.num_images, dtype=np.uint32), Moments(extractor.width)
-        labels = np.asarray(draws.labels(jnp.asarray(seeds), experiment.num_classes))
+        labels = experiment.choose_labels(None, seeds)
         with _counting(len(seeds), stop) as count:
             try:
                 for images in generator(variables, seeds, labels):

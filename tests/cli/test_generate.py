@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from cli.conftest import nothing_left_on_devices, start
@@ -25,7 +26,8 @@ def generate(workdir, out, *more):
 @pytest.fixture(scope="module")
 def folder(straight_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("generate") / "images"
-    assert generate(straight_run, out, "--seeds=0-10", "--batch=8") == 0
+    with jax.transfer_guard("disallow"):
+        assert generate(straight_run, out, "--seeds=0-10", "--batch=8") == 0
     return out
 
 
