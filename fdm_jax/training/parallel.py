@@ -222,7 +222,9 @@ def pmap_over_devices(make_step: MakeStep, mesh: Mesh) -> Parallel:
         }
 
     def first(tree: Any) -> Any:
-        return jax.tree.map(lambda a: a[0], tree)
+        # On the host: a[0] would be a program of its own, for which the host would wait behind the steps under way.
+        parts = jax.device_get(jax.tree.map(lambda a: a.addressable_data(0), tree))
+        return jax.tree.map(lambda a, part: part.reshape(a.shape[1:]), tree, parts)
 
     return Parallel(
         step=compiled(make_step(Axis(AXIS))),
