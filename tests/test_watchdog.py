@@ -5,6 +5,7 @@ import time
 import pytest
 from conftest import Clock
 
+from fdm_jax.progress import Progress
 from fdm_jax.training import watchdog
 
 
@@ -42,3 +43,18 @@ def test_what_it_waits_for_is_said_less_and_less_often(clock):
     clock.now = 100.0
     time.sleep(0.3)
     assert len(said) == 3
+
+
+@pytest.mark.parametrize("index, count, prefix", [(0, 1, ""), (0, 4, "Process 0: "), (3, 4, "Process 3: ")])
+def test_each_process_speaks_of_itself_though_one_alone_shows_progress(
+    monkeypatch, capsys, clock, index, count, prefix
+):
+    monkeypatch.setattr("jax.process_index", lambda: index)
+    monkeypatch.setattr("jax.process_count", lambda: count)
+    with watchdog.of_process(Progress(8, 0, quiet=index > 0)) as dog:
+        dog.at("the other processes")
+        clock.now, deadline, said = 0.6, time.monotonic() + 60, ""
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+            said = capsys.readouterr().err
+    assert said == f"{prefix}Nothing has moved for 0.01 minutes: waiting for the other processes.\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,6 +41,7 @@ def extract_all(
     from fdm_jax.host_memory import program_check
     from fdm_jax.progress import Progress
     from fdm_jax.training.agreement import all_or_none
+    from fdm_jax.training.watchdog import of_process
 
     pieces = folder / FEATURES
     with all_or_none(f"{folder} cannot be used by the first process, which says why."):
@@ -57,13 +59,18 @@ def extract_all(
     if missing:
         progress.say(f"Compiling what runs on the device; then {left:,} images, {piece:,} at a time.")
     began = time.monotonic()
-    for start in missing:
-        features, logits = maker(images.make(start, min(start + piece, images.num)))
-        check_finite(features)
-        save_npz(pieces / f"{start:09d}.npz", {"features": features} | ({} if logits is None else {"logits": logits}))
-        progress.more(len(features))
-    progress.close()
-    wait_for_all("all features are there")
+    with of_process(progress) as watchdog, contextlib.closing(progress):
+        for start in missing:
+            watchdog.at(f"{piece:,} images and their features")
+            features, logits = maker(images.make(start, min(start + piece, images.num)))
+            check_finite(features)
+            watchdog.at("features to be written")
+            save_npz(
+                pieces / f"{start:09d}.npz", {"features": features} | ({} if logits is None else {"logits": logits})
+            )
+            progress.more(len(features))
+        watchdog.at("the other processes")
+        wait_for_all("all features are there")
     return time.monotonic() - began, piece
 
 

@@ -110,6 +110,7 @@ def _fill(out: _Output, args: argparse.Namespace, model: Loaded, sampler: Sample
     from fdm_jax.progress import LINE_SECONDS, Progress
     from fdm_jax.sampling.generate import BatchedGenerator
     from fdm_jax.training.agreement import all_or_none, check_shared, of_the_first
+    from fdm_jax.training.watchdog import of_process
 
     labels, first = model.experiment.choose_labels(args.label, seeds), jax.process_index() == 0
     with all_or_none("The first process cannot write the images, and says why."):
@@ -126,14 +127,19 @@ def _fill(out: _Output, args: argparse.Namespace, model: Loaded, sampler: Sample
         ]
         ours = np.concatenate([missing[:0], *batches[jax.process_index() :: jax.process_count()]])
         done, names = len(seeds) - len(missing), iter(seeds[ours])
-        with contextlib.closing(Progress(len(seeds), done, quiet=not first, seconds=LINE_SECONDS)) as progress:
+        progress = Progress(len(seeds), done, quiet=not first, seconds=LINE_SECONDS)
+        with of_process(progress) as watchdog, contextlib.closing(progress):
             progress.say(f"Compiling the sampler; then {len(missing):,} images, {generator.batch_size:,} at a time.")
+            watchdog.at(f"{generator.batch_size:,} images")
             for images in generator(sampler.variables, seeds[ours], labels[ours]):
+                watchdog.at("images to be written")
                 for image in images:
                     out.put(int(next(names)), image)
                 done = min(done + len(images) * jax.process_count(), len(seeds))  # the others are as far
                 progress.count(done)
-    wait_for_all("all images are there")
+                watchdog.at(f"{generator.batch_size:,} images")
+            watchdog.at("the other processes")
+            wait_for_all("all images are there")
     # The others wait: JAX would end all of them if the first one took more than five minutes to part from them.
     with all_or_none(f"The first process cannot write {args.out}, and says why."):
         if first:

@@ -22,7 +22,7 @@ from fdm_jax.devices import make_mesh, put, replicated
 from fdm_jax.errors import RestartNeeded, UserError, lost_another, memory_full
 from fdm_jax.experiment import Experiment
 from fdm_jax.host_memory import program_check
-from fdm_jax.progress import Progress, say
+from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
 from fdm_jax.storage_errors import file_trouble
 from fdm_jax.training.agreement import check_config, check_data, check_shared
@@ -33,7 +33,7 @@ from fdm_jax.training.metering import Meter
 from fdm_jax.training.metrics import is_evaluation
 from fdm_jax.training.starting import check_configuration, fresh_state, initial_state, weights_of_another_run
 from fdm_jax.training.stopping import Stop, stop_requests
-from fdm_jax.training.watchdog import Watchdog
+from fdm_jax.training.watchdog import of_process
 from fdm_jax.training.writers import Writers, in_words, write_curves
 from fdm_jax.whole_files import write_text
 
@@ -216,8 +216,7 @@ class _Run:
         if self.writers is not None:
             self.seconds_before = max((row.get("seconds") or 0.0 for row in self.writers.rows), default=0.0)
         self.progress = Progress(self.total_steps * self.batch_size, self.nimg, quiet=not self.main)
-        process = f"Process {jax.process_index()}: " if jax.process_count() > 1 else ""
-        self.watchdog = Watchdog(self.progress.say if self.main else say, process)  # each process tells of itself
+        self.watchdog = of_process(self.progress)
         if self.step:
             self.progress.say(f"Going on from step {self.step:,} ({self.nimg:,} images).")
         # No method: a cycle would keep the state on the devices for a while after the run.

@@ -1,4 +1,4 @@
-"""Says when a run stands still, and what it waits for: storage that is away, data, another process, a device."""
+"""Says when work stands still, and what it waits for: storage that is away, data, another process, a device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+
+import jax
+
+from fdm_jax.progress import Progress, say
 
 # Seconds before the first word; the next come after twice, four times, ... as long.
 PATIENCE = 600.0
@@ -51,3 +55,9 @@ class Watchdog:
             if (waited := time.monotonic() - since) >= due:
                 self._say(f"{self._prefix}Nothing has moved for {waited / 60:.3g} minutes: waiting for {what}.")
                 due = 2 * waited
+
+
+def of_process(progress: Progress) -> Watchdog:
+    """This process's own; the first one has the ``progress``, above whose bar it speaks."""
+    index = jax.process_index()
+    return Watchdog(say if index else progress.say, f"Process {index}: " if jax.process_count() > 1 else "")
