@@ -154,19 +154,25 @@ def _folder_gone() -> bool:
 
 
 def devices_failed(error: BaseException | None) -> tuple[str, int] | None:
-    """(sentence, exit code) if an error, or one behind it, is that JAX cannot start on its devices."""
+    """(sentence, exit code) if an error, or one behind it, is that JAX cannot start, or not on its devices."""
     for each in with_causes(error):
         said = " ".join(str(each).split())
         if isinstance(each, RuntimeError) and said.startswith("Unable to initialize backend"):
             # Where it is installed, it may be in use by a process that is about to end.
             return f"JAX does not start: {said}", 2 if not_installed(each) else 1
         # Wordless, where no platform of JAX_PLATFORMS has a device.
-        if isinstance(each, AssertionError) and each.__traceback__:
-            *_, (frame, _) = traceback.walk_tb(each.__traceback__)
-            if frame.f_globals.get("__name__") == "jax._src.xla_bridge":
-                asked = os.environ.get("JAX_PLATFORMS")
-                return f"JAX_PLATFORMS is {asked!r}, and there is no such device here: unset it, or take another.", 2
+        if isinstance(each, AssertionError) and _module_of(each) == "jax._src.xla_bridge":
+            asked = os.environ.get("JAX_PLATFORMS")
+            return f"JAX_PLATFORMS is {asked!r}, and there is no such device here: unset it, or take another.", 2
+        if isinstance(each, ValueError) and _module_of(each) == "jax._src.config":
+            return f"JAX does not start with a value that the environment gives: {said.removesuffix('.')}.", 2
     return None
+
+
+def _module_of(error: BaseException) -> str:
+    """Which module raised it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals["__name__"] if frames else ""
 
 
 def _less_memory(args: argparse.Namespace) -> str:

@@ -351,17 +351,18 @@ def test_a_fault_of_ours_ends_the_program_at_once():
 
 
 @pytest.mark.parametrize(
-    ("platforms", "sentence"),
+    ("variable", "value", "sentence"),
     [
-        ("nonsense", "JAX does not start: Unable to initialize backend 'nonsense'"),
+        ("JAX_ENABLE_X64", "maybe", "JAX does not start with a value that the environment gives: invalid truth value 'maybe'"),
+        ("JAX_PLATFORMS", "nonsense", "JAX does not start: Unable to initialize backend 'nonsense'"),
         pytest.param(
-            "cuda", "JAX_PLATFORMS is 'cuda', and there is no such device here: unset it, or take another.",
+            "JAX_PLATFORMS", "cuda", "JAX_PLATFORMS is 'cuda', and there is no such device here: unset it, or take another.",
             marks=pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is one"),
         ),
     ],
 )  # fmt: skip
-def test_devices_that_are_not_here(monkeypatch, platforms, sentence):
-    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+def test_what_jax_does_not_start_with(monkeypatch, variable, value, sentence):
+    monkeypatch.setenv(variable, value)
     bench = [sys.executable, "-m", "fdm_jax", "bench", "--what=train", "--config=configs/edm.py:digits"]
     ended = subprocess.run(bench, capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith(f"fdm bench: {sentence}")
