@@ -123,6 +123,8 @@ def test_make_family_names_what_is_wrong():
         ("edm", {"lowest": 80.0}, "family.highest must be above 80 and finite, and is 80.0"),
         ("ve", {"lowest": 5.0, "highest": 1.0}, "family.highest must be above 5 and finite, and is 1.0"),
         ("ve", {"lowest": 0.0}, "family.lowest must be above 0 and finite, and is 0.0"),
+        ("vp", {"beta_d": 0.0}, "family.beta_d must be above 0 and finite, and is 0.0"),
+        ("vp", {"num_scales": 1}, "family.num_scales must be above 1 and finite, and is 1"),
         ("vp", {"epsilon_t": -1.0}, "family.epsilon_t must be above 0 and below 1, and is -1.0"),
     ],
 )

@@ -228,6 +228,7 @@ def test_grids():
         assert len(sigmas) == 13 and sigmas[-1] == 0 and (np.diff(sigmas) < 0).all()
         np.testing.assert_allclose(sigmas[[0, -2]], [50.0, 0.01], rtol=1e-12)
         np.testing.assert_allclose(grid(1, 0.01, 50.0), [50.0, 0.0], rtol=1e-12)
+        np.testing.assert_allclose(grid(2, 0.01, 50.0), [50.0, 0.01, 0.0], rtol=1e-12)
     ratios = np.diff(np.log(log_snr_sigmas(10)[:-1]))
     np.testing.assert_allclose(ratios, ratios[0], rtol=1e-12)
     # sigma(t) of the VP process at t = 1, 1/2 and near 0, and times evenly spaced.
