@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import enable_x64
+from PIL import Image
 
 from fdm_jax.errors import UserError
 from fdm_jax.sampling import edm_sigmas
@@ -72,6 +73,11 @@ def test_a_mask_of_nothing_and_of_everything():
     np.testing.assert_array_equal(inpaint(striped, known, jnp.ones((4, 4, 1)))(x, 1.0), striped(x, 1.0))
 
 
+def test_luma_is_that_of_grey_pictures():
+    colours = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], np.uint8)
+    np.testing.assert_allclose(colours @ np.array(LUMA), np.asarray(Image.fromarray(colours).convert("L")), atol=0.51)
+
+
 def test_colorisation_has_the_luma_and_moves_by_the_least():
     D = jnp.asarray(RNG.standard_normal((2, 3, 3, 3)), jnp.float32)
     grey = jnp.asarray(RNG.standard_normal((2, 3, 3, 1)), jnp.float32)
@@ -105,6 +111,8 @@ def test_encoding_of_a_gaussian_is_its_exact_latent():
         latents = encode(denoise, images, edm_sigmas(400))
         exact = images * ((0.25 + 6400) / (0.25 + 0.002**2)) ** 0.5 / 80
         np.testing.assert_allclose(latents, exact, rtol=1e-4)
+        few = encode(denoise, images, np.array([0.003, 0.002]))  # one step, so short that it is exact
+        np.testing.assert_allclose(few, images * ((0.25 + 0.003**2) / (0.25 + 0.002**2)) ** 0.5 / 0.003, rtol=1e-9)
 
 
 def test_image_to_image_starts_at_a_level_of_the_grid():

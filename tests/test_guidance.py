@@ -41,11 +41,15 @@ def test_formula(scale):
 
 
 def test_range():
-    inside = Guidance(scale=3.0, lowest=0.5, highest=2.0)
-    for sigma, acts in ((0.4, False), (0.5, False), (0.6, True), (2.0, True), (2.1, False)):
-        value = jax.jit(guided(inside))(X, jnp.float32(sigma))
-        plain, everywhere = denoise(X, sigma, LABELS), guided(Guidance(scale=3.0))(X, jnp.float32(sigma))
-        np.testing.assert_allclose(value, everywhere if acts else plain, atol=1e-6)
+    inside, below, above = {"lowest": 0.5, "highest": 2.0}, {"highest": 2.0}, {"lowest": 0.5}
+    everywhere = guided(Guidance(scale=3.0))
+    for sigma, acting in (
+        (0.4, [below]), (0.5, [below]), (0.6, [inside, below, above]), (2.0, [inside, below, above]), (2.1, [above])
+    ):  # fmt: skip
+        for where in (inside, below, above):
+            value = jax.jit(guided(Guidance(scale=3.0, **where)))(X, jnp.float32(sigma))
+            expected = everywhere(X, jnp.float32(sigma)) if where in acting else denoise(X, sigma, LABELS)
+            np.testing.assert_allclose(value, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("solver", ["heun", "dpmpp-3m", "unipc-2"])

@@ -198,9 +198,10 @@ def test_the_program_of_a_generator_is_checked_once():
 def test_classes_by_number_and_by_name():
     seeds, names = np.arange(3, dtype=np.uint32), ("cat", "dog", "owl")
     for chosen in (2, "owl", [2, 2, 2], ["owl"] * 3):
-        np.testing.assert_array_equal(choose_labels(chosen, seeds, 3, names), [2, 2, 2])
+        assert choose_labels(chosen, seeds, 3, names).tolist() == [2, 2, 2]
     np.testing.assert_array_equal(choose_labels(["owl", "cat", "dog"], seeds, 3, names), [2, 0, 1])
     np.testing.assert_array_equal(choose_labels(None, seeds, 3, names), labels(jnp.asarray(seeds), 3))
+    assert choose_labels(None, seeds, 0).tolist() == [-1, -1, -1]
     with pytest.raises(UserError, match="knows no class 'dig': did you mean 'dog'?"):
         choose_labels(["owl", "dig", "dog"], seeds, 3, names)
     with pytest.raises(UserError, match="must be from 0 to 2, and is 'owl'."):  # of a run whose data name none
@@ -214,6 +215,21 @@ def test_a_seed_means_the_same_whatever_generator_is_jaxs_default():
     expected = latents(np.arange(3), (2, 2, 1))
     with jax.default_prng_impl("rbg"):
         np.testing.assert_array_equal(latents(np.arange(3), (2, 2, 1)), expected)
+
+
+def test_dequantised_images_fill_the_space_between_those_of_8_bits():
+    seeds, values = jnp.arange(6, dtype=jnp.uint32), jnp.asarray([0, 1, 127, 128, 254, 255], jnp.uint8)
+    images = jnp.broadcast_to(values[:, None, None, None], (6, 40, 40, 1))
+    u = (np.asarray(dequantise(images, seeds), np.float64) + 1) * 127.5 - values[:, None, None, None] + 0.5
+    assert -1e-4 < u.min() < 0.01 and 0.99 < u.max() < 1 + 1e-4
+    np.testing.assert_allclose(u.mean(axis=(1, 2, 3)), 0.5, atol=5 / (12 * 1600) ** 0.5)
+    np.testing.assert_allclose(u.var(axis=(1, 2, 3)), 1 / 12, atol=0.01)
+
+
+def test_signs_are_1_and_minus_1_as_often():
+    drawn = np.asarray(signs(jnp.arange(4, dtype=jnp.uint32), (50, 50)))
+    assert set(np.unique(drawn)) == {-1, 1} and (np.abs(drawn.mean(axis=(1, 2))) < 5 / 50).all()
+    assert len({image.tobytes() for image in drawn}) == 4
 
 
 def test_a_seed_means_the_same_in_float64():
