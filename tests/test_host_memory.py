@@ -69,3 +69,14 @@ def test_a_program_that_memory_does_not_hold(monkeypatch):
     check_program(program, devices=2)
     with pytest.raises(MemoryError, match="the program takes .* GiB, and there are .* GiB"):
         check_program(program, devices=3)
+
+
+@pytest.mark.parametrize(("donated", "product", "takes"), [(None, False, 32), (0, False, 16), (None, True, 48)])
+def test_donated_memory_counts_once_and_temporary_memory_too(monkeypatch, donated, product, takes):
+    """16 KiB in, 16 KiB out, which may be the same, and 16 KiB for the product in between."""
+    program = jax.jit(lambda x: x @ x @ x if product else x + 1, donate_argnums=donated).lower(jnp.zeros((64, 64)))
+    monkeypatch.setattr(host_memory, "machine_memory", lambda: takes * 2**10)
+    check_program(program.compile(), devices=1)
+    monkeypatch.setattr(host_memory, "machine_memory", lambda: takes * 2**10 - 1)
+    with pytest.raises(MemoryError):
+        check_program(program.compile(), devices=1)

@@ -35,13 +35,13 @@ def test_work_goes_on_when_nobody_reads_of_it(unread):
 def test_a_line_a_minute_and_at_the_end(monkeypatch, capsys):
     clock = iter([0, 59, 61, 120, 122, 125])  # at the beginning, and at each count
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    progress = Progress(400, 0, seconds=60)
-    for done in (100, 122, 200, 244, 400):
+    progress = Progress(500, 100, seconds=60)
+    for done in (200, 222, 300, 344, 500):
         progress.count(done, "evaluating")
     assert capsys.readouterr().err.split("\n") == [
-        "        122 of 400 images ( 30%)  evaluating  2 img/s  2:19 left",
-        "        244 of 400 images ( 61%)  evaluating  2 img/s  1:18 left",
-        "        400 of 400 images (100%)  evaluating  3 img/s  0:00 left",
+        "        222 of 500 images ( 44%)  evaluating  2 img/s  2:19 left",
+        "        344 of 500 images ( 69%)  evaluating  2 img/s  1:18 left",
+        "        500 of 500 images (100%)  evaluating  3 img/s  0:00 left",
         "",
     ]
 

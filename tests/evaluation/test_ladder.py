@@ -85,6 +85,17 @@ def test_every_figure_has_a_deviation(digits, features_of):
     assert abs(figures["frechet_distance"]["value"]) < 1e-6
 
 
+def test_shares_have_the_deviation_of_shares():
+    reference = Reference(np.zeros(4), np.eye(4), RNG.standard_normal((200, 4)) + 1.5)
+    figures = measure(
+        RNG.standard_normal((80, 4)), None, reference, open_extractor("pixels", None, (2, 2, 1)), ["precision-recall"]
+    )
+    for name, n in (("precision", 80), ("recall", 200)):
+        share = figures[name]["value"]
+        assert 0 < share < 1
+        assert figures[name]["deviation"] == pytest.approx(np.std(np.arange(1000) < 1000 * share) / n**0.5, rel=0.01)
+
+
 def test_the_bootstrap_deviation_is_that_of_new_samples():
     """Sets of 300 from one distribution: their Frechet distances to another spread as the bootstrap of one says."""
     extractor = open_extractor("pixels", None, (2, 2, 1))
