@@ -249,6 +249,8 @@ def test_grids():
         (("heun", 0, edm_sigmas), "heun takes 1 step or more, not 0"),
         (("euler", 3, [3.0, 2.0, 0.0]), "3 steps of euler go through 3 noise levels and 0, and 2 are given"),
         (("euler", 2, [2.0, 3.0, 0.0]), "fall strictly"),
+        (("euler", 2, [2.0, 2.0, 0.0]), "fall strictly"),
+        (("euler", 2, [2.0, 1.0, -1.0]), "end at 0 or above"),
         (("dpmpp-2m", 5, edm_sigmas, Churn(S_churn=1)), "Churn belongs to the solvers heun and euler"),
         (("ancestral", 2, [3.0, 2.0, 1.0]), "must end at 0"),
     ],
