@@ -172,7 +172,7 @@ def devices_failed(error: BaseException | None) -> tuple[str, int] | None:
 def _module_of(error: BaseException) -> str:
     """Which module raised it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_globals["__name__"] if frames else ""
+    return frames[-1].f_globals.get("__name__", "") if frames else ""
 
 
 def _less_memory(args: argparse.Namespace) -> str:
