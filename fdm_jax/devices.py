@@ -111,5 +111,5 @@ def one_copy_per_process(tree: Any) -> Any:
 def fetch(array: jax.Array) -> np.ndarray:
     """The whole of an array on the host, in every process."""
     if array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
+        return jax.device_get(array)
     return multihost_utils.process_allgather(array, tiled=True)

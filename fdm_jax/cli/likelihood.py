@@ -152,13 +152,14 @@ def compile_bits(experiment: Any, span: tuple[float, float], args: argparse.Name
         total, steps = np.zeros(len(indices)), 0
         for draw in range(args.draws):
             seeds = np.random.SeedSequence([args.seed, draw]).generate_state(1)[0] + indices.astype(np.uint32)
-            values, tried, ok = measured(variables, *put((batch["image"], batch["label"], seeds), rows))
+            placed = put((batch["image"], batch["label"], seeds), rows)
+            values, tried, ok = jax.device_get(measured(variables, *placed))
             if not ok:
                 raise UserError(
                     f"The ODE solver did not get there with a tolerance of {args.tolerance} in {int(tried):,} steps: "
                     "give a larger --tolerance."
                 )
-            total, steps = total + np.asarray(values, np.float64), steps + int(tried)
+            total, steps = total + values.astype(np.float64), steps + int(tried)
         return total / args.draws, steps
 
     return measure

@@ -218,12 +218,12 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
     size = -(-min(args.batch, len(seeds)) // mesh.size) * mesh.size
     say(f"the ODE's solution: compiling it; then {size:,} images at a time")
     for count, batch in in_batches(size, seeds, labels):
-        x, ok = of_batch(variables, *put(batch, rows))
+        x, ok = jax.device_get(of_batch(variables, *put(batch, rows)))
         if not ok:
             raise UserError(
                 f"The ODE could not be solved with a tolerance of {args.tolerance}: give a larger --tolerance."
             )
-        parts.append(np.asarray(x)[:count])
+        parts.append(x[:count])
         say(f"the ODE's solution: {sum(map(len, parts))} of {len(seeds)} images")
     solution = np.concatenate(parts)
     temporary = args.out / ".reference.part.npy"

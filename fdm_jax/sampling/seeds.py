@@ -72,7 +72,7 @@ def choose_labels(
       UserError: the model does not know the class.
     """
     if chosen is None:
-        return np.asarray(_drawn_labels(jax.device_put(as_seeds(seeds)), num_classes))
+        return jax.device_get(_drawn_labels(jax.device_put(as_seeds(seeds)), num_classes))
     right = f"from 0 to {num_classes - 1}" if num_classes else "left out, since this model knows no classes"
     classes = np.asarray(chosen)
     if classes.dtype.kind == "U":
