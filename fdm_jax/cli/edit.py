@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if known is not None:
         first = np.broadcast_to(to_uint8(known), results.shape[1:])
         if mask is not None:  # what is to be made is shown grey
-            first = np.where(np.asarray(mask) > 0, 128, first).astype(np.uint8)
+            first = np.where(mask > 0, 128, first).astype(np.uint8)
         results = np.concatenate([first[None], results])
     pictures.save_png(pictures.image_grid(results, len(results), scale=max(1, 64 // shape[0])), args.out)
     print(f"{args.action}: {count} images in {args.out} (checkpoint of step {model.checkpoint:,}).")
@@ -108,7 +108,7 @@ def make_edit(
     """What is asked for, as a function like :func:`~fdm_jax.sampling.generate.make_generate_fn`'s; and its variables.
 
     Of ``interpolate`` it takes numbers of frames instead of seeds, and goes from the first of the two ``ends`` to the
-    second.
+    second.  ``known`` is the given image, float32 [H, W, C], and ``mask`` is [H, W, 1]; None where an action has none.
 
     Raises:
       UserError: what is asked for does not exist or does not fit.

@@ -78,7 +78,7 @@ def assert_same_end(a, b, step):
 
 @pytest.fixture(scope="session")
 def straight_run(tmp_path_factory, data_dir):
-    """20 steps without a stop, on the eight devices of this process; nothing goes to or between them unasked."""
+    """20 steps without a stop, on the eight devices of this process; nothing goes to, between or from them unasked."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     with jax.transfer_guard("disallow"):
         assert main(tiny.arguments(workdir, data_dir)) == 0
