@@ -27,8 +27,8 @@ install: $(installed) ## .venv with the locked packages and fdm_jax itself
 
 # Kept out of the stamp's prerequisites, as a phony one would reinstall each time.
 check-python:
-	@command -v "$(PYTHON)" > /dev/null || { echo "There is no $(PYTHON): install Python 3.11, 3.12 or 3.13, or name one, as in: make PYTHON=python3.12" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "fdm_jax needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is $$("$(PYTHON)" --version 2>&1): name another, as in: make PYTHON=python3.12" >&2; exit 1; }
+	@command -v "$(PYTHON)" > /dev/null || { echo "There is no $(PYTHON): install Python 3.11 to 3.14, or name one, as in: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || { echo "fdm_jax needs Python 3.11 to 3.14, and $(PYTHON) is $$("$(PYTHON)" --version 2>&1): name another, as in: make PYTHON=python3.12" >&2; exit 1; }
 
 $(installed): $(lock) setup.cfg pyproject.toml | check-python
 	"$(PYTHON)" -m venv .venv

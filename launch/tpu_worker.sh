@@ -51,8 +51,8 @@ status() {
 # A Python that fdm_jax can live with.  TPU images bring 3.10: uv, from the package index, then fetches one.
 find_python() {
   local name
-  for name in python3.12 python3.13 python3.11 python3; do
-    if "$name" -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; then
+  for name in python3.12 python3.13 python3.14 python3.11 python3; do
+    if "$name" -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2> /dev/null; then
       command -v "$name"
       return
     fi

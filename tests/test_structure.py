@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -72,3 +73,13 @@ def test_the_package_has_the_configurations(tmp_path):
     with zipfile.ZipFile(*tmp_path.glob("*.whl")) as wheel:
         for file in (ROOT.parent / "configs").glob("*.py"):
             assert wheel.read(f"fdm_jax/configs/{file.name}") == file.read_bytes()
+
+
+def test_the_same_versions_of_python_everywhere():
+    project = ROOT.parent
+    oldest, newest = re.search(r"python_requires = >=3\.(\d+),<3\.(\d+)", (project / "setup.cfg").read_text()).groups()
+    newest = int(newest) - 1
+    for name in ("Makefile", "launch/tpu_worker.sh"):
+        assert f"not (3, {oldest}) <= sys.version_info[:2] <= (3, {newest})" in (project / name).read_text()
+    for name in ("Makefile", "README.md", "launch/README.md"):
+        assert f"Python 3.{oldest} to 3.{newest}" in (project / name).read_text()

@@ -189,8 +189,7 @@ def _less_memory(args: argparse.Namespace) -> str:
 
 
 def entry_point() -> None:
-    """The console script."""
-    _replace_closed_streams()
+    """Run the command that Python was given, and end with its exit code."""
     # A name that cannot be shown on standard output is shown escaped, as on standard error.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -213,18 +212,6 @@ def entry_point() -> None:
         # The sentence is said: exit handlers of libraries would only repeat its cause in a page of their own, and wait for
         # other processes that wait for this one.
         os._exit(code)
-
-
-def _replace_closed_streams() -> None:
-    """Where a stream was closed, as by ``2>&-``, /dev/null has its number.
-
-    The next file that is opened, one of a checkpoint perhaps, would else get it, and all that libraries print there.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            file = open(os.devnull, mode)
-            os.set_inheritable(file.fileno(), True)  # in processes of its own too
-            setattr(sys, name, file)
 
 
 def _code_of(error: Exception) -> int:

@@ -420,20 +420,36 @@ def test_results_tell_of_names_that_cannot_be_shown(monkeypatch):
 
 
 SAID_TO_NOBODY = """
-import os, sys
-from fdm_jax.cli import main
-def say(argv):
+import os, sys, types
+from fdm_jax.__main__ import start
+class Opens:  # as libffi does once ctypes is imported
+    def find_spec(self, name, *rest):
+        if name == "numpy":
+            self.file = open(os.devnull)
+sys.meta_path.insert(0, Opens())
+def run(args):
     print("The table."), print("A line.", file=sys.stderr), os.write(2, b"what a library says")
-    return sys.stdin.read() != "" or open(argv[0], "w").fileno() < 3
-main.main = say
-main.entry_point()
+    sys.exit(sys.stdin.read() != "" or open(args.file, "w").fileno() < 3)
+plan = types.SimpleNamespace(HELP="", __doc__="", add_arguments=lambda parser: parser.add_argument("file"), run=run)
+sys.modules["fdm_jax.cli.plan"] = plan
+start()
 """
 
 
 @pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-"])
 def test_closed_streams(tmp_path, closed):
     """As some who start services leave them: no file of a run gets their numbers, and what is printed to them."""
-    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", SAID_TO_NOBODY, str(tmp_path / "file")]
+    command = [
+        "sh",
+        "-c",
+        f'exec "$@" {closed}',
+        "sh",
+        sys.executable,
+        "-c",
+        SAID_TO_NOBODY,
+        "plan",
+        str(tmp_path / "file"),
+    ]
     assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
     assert (tmp_path / "file").read_bytes() == b""
 

@@ -436,7 +436,7 @@ def test_watching_again(pod, handled_by):
 def test_a_worker_without_a_python_that_will_do(pod):
     """As on TPU images: uv is installed for the user, and what it fetches makes .venv."""
     said = 'import sys; print("/fetched/python" * ("find" in sys.argv), end=""); sys.exit("-c" in sys.argv)'
-    for name in ("python3.11", "python3.12", "python3.13", "python3"):
+    for name in ("python3.11", "python3.12", "python3.13", "python3.14", "python3"):
         pod.program(name, f"{said}\n")
     script = (pod.root / "launch" / "tpu_worker.sh").read_text()
     assert pod.bash_accepts(script)
