@@ -42,10 +42,13 @@ if words[:2] == ["storage", "ls"]:
     sys.exit()
 kind, verb, name = words[2:5]
 if verb == "create":
-    made = stage / "created"
-    made.write_text(str(int(made.read_text() if made.exists() else 0) + 1))
+    made, refused = stage / "created", stage / "refused"
+    n = int(made.read_text() if made.exists() else 0) + 1
+    if refused.exists() and refused.read_text() == str(n):  # once
+        refused.unlink()
+        leave("RESOURCE_EXHAUSTED: Quota exceeded.")
+    made.write_text(str(n))
     plays = json.loads((stage / "plays.json").read_text()) if (stage / "plays.json").exists() else []
-    n = int(made.read_text())
     pod.write_text(json.dumps(plays[n - 1] if n <= len(plays) else ["PROVISIONING", "ACTIVE"]))
     for home in homes:
         home.mkdir()
@@ -283,6 +286,7 @@ def test_from_nothing_to_the_end(pod):
         assert sentence in done.stderr
     made = (pod.folder / "make.log").read_text().splitlines()
     assert len(made) == 2 and all("install EXTRA=tpu PYTHON=/" in line for line in made)
+    assert "failed" not in done.stderr
 
 
 @pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -298,6 +302,24 @@ def test_preemption(pod, late):
     assert pod.called("create")[0] == pod.called("create")[-1]
     assert done.stderr.count("the slice was preempted") == times
     assert "`tpu.py delete` gives it back" in done.stderr
+
+
+def test_a_refusal(pod):
+    """The first is the user's to see; later, beside a run that is to go on, it may pass."""
+    (pod.folder / "refused").write_text("1")
+    done = pod.train(deeds=["done"])
+    assert done.returncode == 1 and "Quota exceeded" in done.stderr and len(pod.called("create")) == 1
+    (pod.folder / "refused").write_text("2")
+    done = pod.train(deeds=["preempted", "done"])
+    assert done.returncode == 0 and "it was refused." in done.stderr and len(pod.called("create")) == 1 + 3
+
+
+def test_a_setup_that_fails_is_tried_again(pod):
+    fails_once = "if not os.path.exists('failed'):\n    open('failed', 'w').close()\n    sys.exit(1)\n"
+    pod.program("make", f"import os, sys\n{fails_once}{MAKE}")
+    done = pod.train(deeds=["done"])
+    assert done.returncode == 0 and done.stderr.count("the setup failed.") == 1
+    assert len(pod.called("scp")) == 2 and len(pod.starts(0)) == len(pod.starts(1)) == 1
 
 
 @pytest.mark.slow
