@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -233,9 +234,13 @@ def finish(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a launcher and leave with its exit code."""
     try:
         code = main(sys.argv[1:])
+        if sys.stdout is not None:  # it was not closed
+            sys.stdout.flush()
     except Refusal as refusal:
         say(str(refusal))
         code = USER_ERROR
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except BrokenPipeError:  # what read the commands of a dry run has ended, as `head` does
+        os._exit(128 + signal.SIGPIPE)
     sys.exit(code)

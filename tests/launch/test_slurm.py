@@ -1,5 +1,7 @@
 """launch/slurm.py: the batch script, and what it does under a small Slurm that runs one task."""
 
+import os
+import signal
 import subprocess
 
 import pytest
@@ -69,6 +71,16 @@ def test_dry_run(slurm):
     assert slurm.run("slurm", *ARGUMENTS, "--setup=module load cuda", "--account=me", *TRAIN).returncode == 0
     assert (slurm.folder / "fdm.sbatch").read_text() == pasted == script
     assert slurm.calls() == ["sbatch fdm.sbatch"] * 2
+
+
+def test_commands_that_nobody_reads(slurm):
+    """`head` ends before it has read all."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = slurm.command("slurm", "--dry-run", *ARGUMENTS, *TRAIN)
+    done = subprocess.run(command, cwd=slurm.folder, env=slurm.env, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 @pytest.mark.parametrize(
