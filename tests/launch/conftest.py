@@ -1,6 +1,7 @@
 """Running the launchers as programs, with small programs in the place of fdm, gcloud, sbatch and docker."""
 
 import pathlib
+import shlex
 import stat
 import subprocess
 import sys
@@ -27,7 +28,8 @@ class Stage:
     def program(self, name, text):
         """A program in Python, started without the packages of the environment: that is faster."""
         path = self.bin / name
-        path.write_text(f"#!{sys.executable} -IS\n{text}")
+        # By way of the shell, as pip does it: the path of Python may hold a space.
+        path.write_text(f"#!/bin/sh\n'''exec' {shlex.quote(sys.executable)} -IS \"$0\" \"$@\"\n' '''\n{text}")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         return path
 

@@ -198,7 +198,7 @@ def test_commands_of_a_dry_run(pod):
         f"{queued} create my-pod --node-id={place} --accelerator-type=v4-32 --runtime-version=tpu-ubuntu2204-base --spot",
         f"{queued} describe {place} '--format=value(state.state)'",
         f"mkdir -p {build}",
-        f"git -C {pod.root} archive --format=tar.gz --output={build}/fdm_jax-{COMMIT}.tar.gz {COMMIT}",
+        f"git -C {shlex.quote(str(pod.root))} archive --format=tar.gz --output={build}/fdm_jax-{COMMIT}.tar.gz {COMMIT}",
         f"{vm} scp {build}/fdm_jax-{COMMIT}.tar.gz my-pod: --zone=us-central2-b --project=mine --quiet --worker=all",
         f"{vm} ssh {place} --quiet --worker=all {ALIVE} "
         f"'--command=mkdir -p fdm_jax && tar -xzmf fdm_jax-{COMMIT}.tar.gz -C fdm_jax && {worker} install {COMMIT}'",
