@@ -79,9 +79,14 @@ class _Workers(Iterator[dict[str, np.ndarray]]):
 
     def __init__(self, read: _Reader, first: int, num_workers: int, prefetch: int):
         spawn = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would lose
-        self._pool = ProcessPoolExecutor(num_workers, spawn, _become_worker, (read,))
         self._to_come = itertools.count(first)
-        self._waiting = collections.deque(self._submit() for _ in range(max(prefetch, num_workers)))
+        try:
+            self._pool = ProcessPoolExecutor(num_workers, spawn, _become_worker, (read,))
+            self._waiting = collections.deque(self._submit() for _ in range(max(prefetch, num_workers)))
+        except OSError as error:  # its locks are in /dev/shm, which containers may withhold
+            raise UserError(
+                f"processes that read data do not start ({error.strerror}; they need /dev/shm): set --config.data.workers=0."
+            ) from error
 
     def _submit(self) -> Future[dict[str, np.ndarray]]:
         return self._pool.submit(_work, next(self._to_come))

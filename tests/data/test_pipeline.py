@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import multiprocessing.synchronize
 import os
 import pathlib
 import signal
@@ -343,6 +344,17 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="asks Linux which processes run")
+def test_worker_processes_that_do_not_start(monkeypatch):
+    """As in containers whose /dev/shm cannot be written: there multiprocessing does not get its locks."""
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", refused)
+    with pytest.raises(UserError, match=r"do not start \(Permission denied; .* set --config.data.workers=0"):
+        next(batches(num_workers=2))
+
+
 def test_worker_processes_end_with_a_program_that_was_killed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(ORPHANS)
