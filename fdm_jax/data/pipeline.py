@@ -83,9 +83,10 @@ class _Workers(Iterator[dict[str, np.ndarray]]):
         try:
             self._pool = ProcessPoolExecutor(num_workers, spawn, _become_worker, (read,))
             self._waiting = collections.deque(self._submit() for _ in range(max(prefetch, num_workers)))
-        except OSError as error:  # its locks are in /dev/shm, which containers may withhold
+        except OSError as error:  # on Linux its locks are in /dev/shm, which containers may withhold
             raise UserError(
-                f"processes that read data do not start ({error.strerror}; they need /dev/shm): set --config.data.workers=0."
+                f"processes that read data do not start ({error.strerror or error}; may /dev/shm be written here?): set "
+                "--config.data.workers=0."
             ) from error
 
     def _submit(self) -> Future[dict[str, np.ndarray]]:

@@ -439,17 +439,8 @@ start()
 @pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-"])
 def test_closed_streams(tmp_path, closed):
     """As some who start services leave them: no file of a run gets their numbers, and what is printed to them."""
-    command = [
-        "sh",
-        "-c",
-        f'exec "$@" {closed}',
-        "sh",
-        sys.executable,
-        "-c",
-        SAID_TO_NOBODY,
-        "plan",
-        str(tmp_path / "file"),
-    ]
+    program = [sys.executable, "-c", SAID_TO_NOBODY, "plan", str(tmp_path / "file")]
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *program]
     assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
     assert (tmp_path / "file").read_bytes() == b""
 
