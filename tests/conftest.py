@@ -126,3 +126,14 @@ def handled_by():
     yield signal.signal
     for signum, how in before.items():
         signal.signal(signum, how)
+
+
+@pytest.fixture
+def nameless(monkeypatch):
+    """Nobody has a name here, as in a container that runs as a number which it does not know."""
+
+    def unknown(number):
+        raise KeyError(f"no name for {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr("grp.getgrgid", unknown)

@@ -76,6 +76,13 @@ def test_golden_churn(golden, kind):
         np.testing.assert_allclose(out, data[f"churn/{kind}/out"], rtol=1e-6, atol=1e-9)
 
 
+def test_churn_is_shared_by_all_steps_within_an_inclusive_range_and_capped():
+    sigmas = np.array([50.0, 20.0, 1.0, 0.05, 0.01])
+    few = Churn(S_churn=1.5, S_min=0.05, S_max=20)
+    np.testing.assert_allclose(few.gamma(sigmas), [0, 0.3, 0.3, 0.3, 0], rtol=1e-15)
+    np.testing.assert_allclose(Churn(S_churn=40).gamma(sigmas), 2**0.5 - 1, rtol=1e-15)
+
+
 def gaussian_end(sigmas, heun):
     """From x = 80 at sigma = 80 under the ideal denoiser of N(0, 0.5^2)."""
     with enable_x64():

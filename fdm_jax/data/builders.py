@@ -25,9 +25,12 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from fdm_jax.data.raw import RawData, RawSplit
 from fdm_jax.errors import UserError
+from fdm_jax.owners import allow_nameless_owners
 from fdm_jax.progress import LINE_SECONDS, Progress
 from fdm_jax.storage_errors import system_fails
 from fdm_jax.whole_files import check_utf8, locked
+
+allow_nameless_owners()  # TFDS looks at the shards that it wrote
 
 SHARD_BYTES = 2**26  # of pixels; TFDS holds the images of a shard in memory while it writes it
 _CHUNK = 16  # pictures that a thread reads at a time

@@ -23,11 +23,14 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from fdm_jax.devices import one_copy_per_process
 from fdm_jax.errors import UserError
+from fdm_jax.owners import allow_nameless_owners
 from fdm_jax.storage_errors import system_fails
 from fdm_jax.training.agreement import in_all, of_the_first
 from fdm_jax.training.metrics import ranking_figures, read_metrics
 from fdm_jax.training.step import TrainState
 from fdm_jax.whole_files import check_utf8, is_remote, move_folder, remove_folder, resolved
+
+allow_nameless_owners()  # Orbax looks at a checkpoint that does not say when it was written
 
 log = logging.getLogger(__name__)
 

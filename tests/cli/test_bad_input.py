@@ -165,8 +165,8 @@ def test_unknown_argument_is_an_argparse_error(capsys, tmp_path, argument):
     assert stopped.value.code == 2 and argument in capsys.readouterr().err
 
 
-def test_damaged_note_of_when_a_checkpoint_was_written(capsys, straight_run, data_dir, tmp_path):
-    """Orbax reads those of all checkpoints before it gives any."""
+def test_damaged_note_of_when_a_checkpoint_was_written(capsys, straight_run, data_dir, tmp_path, nameless):
+    """Orbax reads those of all checkpoints before it gives any, and without one asks for the folder's age and owner."""
     shutil.copytree(straight_run, tmp_path / "run")
     file = tmp_path / "run" / "checkpoints" / "20" / "_CHECKPOINT_METADATA"
     file.write_text("[1]")

@@ -193,6 +193,11 @@ def mnist_files(pack=gzip.compress, size=28):
     return arrays, files
 
 
+def test_by_a_user_who_is_only_a_number(path, tmp_path, files, pixels, nameless):
+    source = prepared(tmp_path / "data", "zip", path(files))
+    np.testing.assert_array_equal(source.read(range(7))["image"], pixels)
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, bytes], ids=["gz", "plain"])
 def test_mnist(path, tmp_path, pack):
     arrays, files = mnist_files(pack)
