@@ -107,6 +107,7 @@ def test_without_docker(stage):
 
 
 def test_a_docker_that_cannot_be_started(stage):
+    stage.env["PATH"] = str(stage.bin)  # a real one elsewhere on the path would be started
     (stage.bin / "docker").touch(mode=0o755)
     (stage.bin / "docker").write_bytes(b"\x7fELF of another machine")
     assert stage.refused("container", "build").startswith("'docker' cannot be started (Exec format error)")
