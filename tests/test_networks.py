@@ -13,7 +13,7 @@ from fdm_jax.errors import UserError
 from fdm_jax.interop.state_dict import from_torch
 from fdm_jax.networks import SongUNet
 from fdm_jax.networks.blocks import Attention, Conv, UNetBlock, attend, dropout, group_norm, hashed_bits
-from fdm_jax.networks.embeddings import fourier_embedding, positional_embedding
+from fdm_jax.networks.embeddings import FourierEmbedding, fourier_embedding, positional_embedding
 from fdm_jax.networks.resample import downsample, upsample
 
 
@@ -139,6 +139,12 @@ def test_golden_embeddings(golden):
     emb = fourier_embedding(data["fourier/t"], data["fourier/freqs"])
     # 2 pi f t reaches hundreds, where a float32 is 3e-5 coarse.
     np.testing.assert_allclose(emb, data["fourier/y_swapped"], atol=2e-4)
+
+
+def test_frequencies_are_drawn_around_zero_with_deviation_16():
+    freqs = FourierEmbedding(8192).init(jax.random.key(0), jnp.ones(1))["constants"]["freqs"]
+    assert freqs.shape == (4096,) and abs(freqs.mean()) < 1
+    np.testing.assert_allclose(freqs.std(), 16, rtol=0.05)  # its own error: 1.1 %
 
 
 def test_golden_attention(golden):
