@@ -10,7 +10,8 @@ fast as any: take --gpus for one process per GPU only if loading the data is wha
 out here what will run on a cluster.  --devices-per-process makes CPUs play several devices, for trying out.
 
 If a process ends with an error the others are stopped, and all are started again as their exit code says; the run
-goes on from its newest checkpoint.  SIGTERM and Ctrl-C are passed on to all processes, which save and end.
+goes on from its newest checkpoint.  SIGTERM and Ctrl-C are passed on to all processes, which save and end; on Linux they
+do the same when the launcher is killed (kill -9).
 Lines of the first process appear as they are, those of process I with [I] in front.
 """
 
@@ -18,15 +19,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import random
 import shlex
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from common import (
     DONE,
@@ -50,6 +53,7 @@ from common import (
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 POLL = 0.1  # seconds
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 def main(argv: Sequence[str]) -> int:
@@ -180,7 +184,7 @@ class Group:
             raise
 
     def _run(self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]) -> int:
-        readers = []
+        ends_with_launcher = deathbed()
         for i, (command, extra) in enumerate(zip(commands, environments, strict=True)):
             if self.told:  # in the middle of starting
                 break
@@ -190,15 +194,20 @@ class Group:
                 child = subprocess.Popen(
                     command, env=os.environ | extra, stdin=subprocess.DEVNULL, stdout=pipe,
                     stderr=subprocess.STDOUT if i else None, text=True, errors="replace", process_group=0,
+                    preexec_fn=ends_with_launcher,  # safe: this program has one thread, as long as it starts processes
                 )  # fmt: skip
             except OSError as error:
                 raise Refusal(f"{command[0]!r} cannot be started ({error.strerror}): see --fdm.") from error
             self._children.append(child)
             if self.told:  # it came between the line above and the start
                 child.send_signal(signal.SIGTERM)
-            if i:
-                readers.append(threading.Thread(target=copy_lines, args=(child.stdout, f"[{i}] "), daemon=True))
-                readers[-1].start()
+        readers = [
+            threading.Thread(target=copy_lines, args=(child.stdout, f"[{i}] "), daemon=True)
+            for i, child in enumerate(self._children)
+            if child.stdout
+        ]
+        for reader in readers:
+            reader.start()
         code = self._wait()
         for reader in readers:
             reader.join(timeout=5)  # a grandchild may hold the pipe open
@@ -243,6 +252,24 @@ class Group:
         while not self.told and time.monotonic() < end:
             time.sleep(POLL)
         return self.told
+
+
+def deathbed() -> Callable[[], None] | None:
+    """What a new process does first, so that SIGTERM comes when the launcher is gone: it saves, and is not left alone.
+
+    By ``kill -9``, or for want of memory, the launcher can end without a word.  None on systems other than Linux, where
+    the processes then go on.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl, launcher = ctypes.CDLL(None).prctl, os.getpid()
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:  # it is gone already
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask
 
 
 def words(code: int) -> str:

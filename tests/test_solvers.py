@@ -219,6 +219,28 @@ def test_samples_have_the_exact_mean_and_covariance(name, steps, churn):
     assert abs(covariance[0, 1]) < 3 * variance / n**0.5
 
 
+@pytest.mark.parametrize(
+    "name, rows",
+    [
+        # From 4 to 2: sigma_up = 2 sqrt(16 - 4) / 4, sigma_down = sqrt(4 - 3) = 1.  From 2 to 1: half of each.
+        ("ancestral", [(1 / 4, (3 / 4,), 0), (1 / 4, (3 / 4,), 3**0.5), (0, (1,), 3**0.5 / 2)]),
+        # h = log 2, so that e^-2h is 1/4; from the second step on r is 1.
+        (
+            "sde-dpmpp-2m",
+            [(1 / 4, (3 / 4, 0), 0), (1 / 4, (9 / 8, -3 / 8), 2 * 0.75**0.5), (0, (1,), 0.75**0.5)],
+        ),
+    ],
+)
+def test_steps_of_the_stochastic_solvers_by_hand(name, rows):
+    calls = SOLVERS[name].calls(np.array([4.0, 2.0, 1.0, 0.0]), 3)
+    assert [call.sigma for call in calls] == [4, 2, 1] and [call.step for call in calls] == [0, 1, 2]
+    for call, (of_anchor, of_denoised, noise) in zip(calls, rows, strict=True):
+        np.testing.assert_allclose(call.x.of_anchor, of_anchor, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(call.x.of_denoised, of_denoised, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(call.noise, noise, rtol=1e-12)
+        assert call.anchor == call.x
+
+
 # --- Grids and bad input ---
 
 
