@@ -1,6 +1,7 @@
 """The U-Nets against the original's: units, whole networks with gradients, parameter counts, bad shapes."""
 
 import json
+import math
 
 import flax.linen as nn
 import jax
@@ -292,14 +293,26 @@ def test_initialisation_is_nearly_zero_and_of_the_right_spread(tiny_network):
     network, variables = tiny_network
     y = jax.jit(network.apply)(variables, jnp.ones((2, 8, 8, 1)), jnp.zeros(2))
     assert float(jnp.abs(y).max()) < 1e-3
-    kernel = variables["params"]["map_layer1"]["kernel"]
-    assert float(kernel.std()) == pytest.approx((2 / sum(kernel.shape)) ** 0.5, rel=0.1)
+    scales = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        *modules, kind = (key.key for key in path)
+        if kind != "kernel":
+            np.testing.assert_array_equal(leaf, kind == "scale")
+            continue
+        small = modules[-1] in ("conv1", "proj") or modules == ["dec_8x8_aux_conv"]
+        scales.add(scale := 1e-5 if small else 0.2**0.5 if modules[-1] == "qkv" else 1)
+        spread = (
+            scale * (2 / math.prod(leaf.shape[:-2]) / sum(leaf.shape[-2:])) ** 0.5
+        )  # Xavier's, over the whole window
+        assert float(leaf.std()) == pytest.approx(spread, rel=5 * (0.2 / leaf.size) ** 0.5), path  # 5 of its own errors
+        assert float(jnp.abs(leaf).max()) <= 3**0.5 * spread * (1 + 1e-6), path  # uniform
+    assert scales == {1e-5, 0.2**0.5, 1}
 
 
 @pytest.fixture(scope="module")
 def tiny_network():
     network = SongUNet(
-        8, 1, 3, 0, "ddpmpp", 8, (1, 2), num_blocks=1, attn_resolutions=(), dropout=0.3, label_dropout=0.5
+        8, 1, 3, 0, "ddpmpp", 8, (1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.3, label_dropout=0.5
     )
     return network, jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
 
