@@ -243,7 +243,7 @@ class Train:
         self._failed_looks = self._failures = 0
         self._created = self._granted = False  # the slice: by this program, and now
         self._seen_running = self._ending = False  # the command
-        self._said = ""
+        self._said = self._shown = ""  # last, by this program and of the log
         workdir = option(command, "workdir")
         self._restarts = Restarts(args.max_restarts, 0, lambda: newest_checkpoint(workdir))
 
@@ -360,9 +360,9 @@ class Train:
 
     def _show_log(self, lines: int = 20) -> None:
         code, output, _ = self._pod.ask(self._pod.on_workers(f"tail -n {lines} fdm_run/log", "0"))
-        if not code and output != self._said:
+        if not code and output != self._shown:
             show(output)
-            self._said = output
+            self._shown = output
 
 
 if __name__ == "__main__":

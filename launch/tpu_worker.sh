@@ -65,7 +65,7 @@ find_python() {
 case $1 in
   install)
     rm -f "$state/commit"
-    command -v make > /dev/null || { sudo apt-get -qq update && sudo apt-get -qq install -y make; } >&2
+    command -v make > /dev/null || { sudo apt-get -qq update && sudo DEBIAN_FRONTEND=noninteractive apt-get -qq install -y make; } >&2
     make -C "$repository" install EXTRA=tpu PYTHON="$(find_python)"
     echo "$2" > "$state/commit"
     ;;

@@ -442,11 +442,15 @@ def test_watching_again(pod, handled_by):
     assert status.startswith("ACTIVE\n") and status.count(" running ") == 2 and status.count(COMMIT) == 2
     assert "Another command is running on my-pod" in pod.run("tpu", "train", *SLICE, *TRAIN, "--more").stderr
     assert pod.run("tpu", "run", *SLICE, *TRAIN).returncode == 1
+    looks = len(pod.called("describe"))
     watcher = pod.start("tpu", "train", *SLICE, "--poll=0.2", *TRAIN)
-    time.sleep(1)
-    assert watcher.poll() is None and len(pod.starts()) == 1
+    while len(pod.called("describe")) < looks + 4:
+        time.sleep(0.05)
+        assert watcher.poll() is None
+    assert len(pod.starts()) == 1
     watcher.send_signal(signal.SIGINT)
-    watcher.communicate(timeout=20)
+    output, errors = watcher.communicate(timeout=20)
+    assert output.count("start 1 of worker-0") == errors.count("the slice is ACTIVE.") == 1  # said once, not at each look
     stopped = pod.run("tpu", "stop", *SLICE).stdout
     assert stopped.count(" exit=75 ") == 2
     pod.deeds("done", "done")
