@@ -10,8 +10,8 @@ fast as any: take --gpus for one process per GPU only if loading the data is wha
 out here what will run on a cluster.  --devices-per-process makes CPUs play several devices, for trying out.
 
 If a process ends with an error the others are stopped, and all are started again as their exit code says; the run
-goes on from its newest checkpoint.  SIGTERM and Ctrl-C are passed on to all processes, which save and end; on Linux they
-do the same when the launcher is killed (kill -9).
+goes on from its newest checkpoint.  SIGTERM and Ctrl-C are passed on to all processes, which save and end, as they do
+when the launcher is killed (kill -9).
 Lines of the first process appear as they are, those of process I with [I] in front.
 """
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import random
 import shlex
@@ -29,7 +28,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from common import (
     DONE,
@@ -53,7 +52,14 @@ from common import (
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 POLL = 0.1  # seconds
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+# Told the numbers of the launcher's processes, it waits for its end.  Linux's own way (PR_SET_PDEATHSIG) may send SIGTERM
+# once for each thread of the launcher, and a second SIGTERM ends fdm before it has saved.
+LAST_WILL = """
+import contextlib, os, signal, sys
+for number in sys.stdin.read().split():
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(number), signal.SIGTERM)
+"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -177,14 +183,20 @@ class Group:
     def run(self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]) -> int:
         """Start them all, wait until all have ended, and give the exit code of the whole."""
         self._children = []
+        will = last_will()
         try:
-            return self._run(commands, environments)
+            return self._run(commands, environments, will)
         except BaseException:
             self._send(signal.SIGKILL)  # else those that were started would wait for the rest
             raise
+        finally:
+            will.kill()
+            will.communicate()
 
-    def _run(self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]) -> int:
-        ends_with_launcher = deathbed()
+    def _run(
+        self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]], will: subprocess.Popen[str]
+    ) -> int:
+        readers = []
         for i, (command, extra) in enumerate(zip(commands, environments, strict=True)):
             if self.told:  # in the middle of starting
                 break
@@ -194,20 +206,17 @@ class Group:
                 child = subprocess.Popen(
                     command, env=os.environ | extra, stdin=subprocess.DEVNULL, stdout=pipe,
                     stderr=subprocess.STDOUT if i else None, text=True, errors="replace", process_group=0,
-                    preexec_fn=ends_with_launcher,  # safe: this program has one thread, as long as it starts processes
                 )  # fmt: skip
             except OSError as error:
                 raise Refusal(f"{command[0]!r} cannot be started ({error.strerror}): see --fdm.") from error
             self._children.append(child)
+            with contextlib.suppress(BrokenPipeError):  # somebody killed that one
+                print(child.pid, file=will.stdin, flush=True)
             if self.told:  # it came between the line above and the start
                 child.send_signal(signal.SIGTERM)
-        readers = [
-            threading.Thread(target=copy_lines, args=(child.stdout, f"[{i}] "), daemon=True)
-            for i, child in enumerate(self._children)
-            if child.stdout
-        ]
-        for reader in readers:
-            reader.start()
+            if i:
+                readers.append(threading.Thread(target=copy_lines, args=(child.stdout, f"[{i}] "), daemon=True))
+                readers[-1].start()
         code = self._wait()
         for reader in readers:
             reader.join(timeout=5)  # a grandchild may hold the pipe open
@@ -254,22 +263,20 @@ class Group:
         return self.told
 
 
-def deathbed() -> Callable[[], None] | None:
-    """What a new process does first, so that SIGTERM comes when the launcher is gone: it saves, and is not left alone.
+def last_will() -> subprocess.Popen[str]:
+    """A process that sends SIGTERM to all whose numbers it is told, as soon as the launcher is gone without a word.
 
-    By ``kill -9``, or for want of memory, the launcher can end without a word.  None on systems other than Linux, where
-    the processes then go on.
+    Raises:
+      Refusal: it cannot be started.
     """
-    if sys.platform != "linux":
-        return None
-    prctl, launcher = ctypes.CDLL(None).prctl, os.getpid()
-
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != launcher:  # it is gone already
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return ask
+    command = [sys.executable, "-IS", "-c", LAST_WILL]
+    try:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise Refusal(f"No process can be started ({error.strerror}).") from error
 
 
 def words(code: int) -> str:
