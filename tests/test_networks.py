@@ -301,9 +301,8 @@ def test_initialisation_is_nearly_zero_and_of_the_right_spread(tiny_network):
             continue
         small = modules[-1] in ("conv1", "proj") or modules == ["dec_8x8_aux_conv"]
         scales.add(scale := 1e-5 if small else 0.2**0.5 if modules[-1] == "qkv" else 1)
-        spread = (
-            scale * (2 / math.prod(leaf.shape[:-2]) / sum(leaf.shape[-2:])) ** 0.5
-        )  # Xavier's, over the whole window
+        # Xavier's, with the fans over the whole window.
+        spread = scale * (2 / math.prod(leaf.shape[:-2]) / sum(leaf.shape[-2:])) ** 0.5
         assert float(leaf.std()) == pytest.approx(spread, rel=5 * (0.2 / leaf.size) ** 0.5), path  # 5 of its own errors
         assert float(jnp.abs(leaf).max()) <= 3**0.5 * spread * (1 + 1e-6), path  # uniform
     assert scales == {1e-5, 0.2**0.5, 1}

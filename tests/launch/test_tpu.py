@@ -450,9 +450,7 @@ def test_watching_again(pod, handled_by):
     assert len(pod.starts()) == 1
     watcher.send_signal(signal.SIGINT)
     output, errors = watcher.communicate(timeout=20)
-    assert (
-        output.count("start 1 of worker-0") == errors.count("the slice is ACTIVE.") == 1
-    )  # said once, not at each look
+    assert output.count("start 1 of worker-0") == errors.count("the slice is ACTIVE.") == 1  # not at each look
     stopped = pod.run("tpu", "stop", *SLICE).stdout
     assert stopped.count(" exit=75 ") == 2
     pod.deeds("done", "done")
