@@ -39,9 +39,8 @@ def runs_table(runs: Sequence[Run]) -> Html:
     if any(run.seconds for run in runs):
         notes.append("Wall time is that of training as a whole, with compilation, evaluations and samples.")
     for run in runs:
-        skipped = sum(point.value for point in run.points("bad_gradients"))
-        if skipped:
-            notes.append(f"{run.name} skipped {skipped:.0f} steps whose gradients were not finite.")
+        if bad := sum(point.value for point in run.points("bad_gradients")):
+            notes.append(f"{counted(bad)} values of {run.name}'s gradients were not finite; no step was skipped.")
     return joined([table(head, rows, words=4), note(" ".join(notes)) if notes else ""])
 
 

@@ -169,6 +169,9 @@ def test_two_runs(report, tmp_path):
         "fdm had the plain run's last 0.01562 in its evaluation after 4,000 images, 67% of the plain run's 6,000."
         in page.words
     )
+    assert "img/s is the median. Wall time is that of training as a whole" in page.words
+    assert "Last values; the best where it was an earlier one. Fréchet distances in training are of 2000 " in page.words
+    assert "all 1 pairs" not in page.words and "not finite" not in page.words
     assert page.plots() == [
         "Held-out error", "Fréchet distance", "Other figures", "Training loss",
         "Held-out error at each noise level, last evaluation", "Held-out error at some noise levels, over training",
@@ -226,6 +229,9 @@ def test_an_old_run_alone(report, tmp_path):
     assert "No wall time was recorded for old." in page.words
     for absent in ("configurations differ", "Error by noise level", "Samples", "function evaluations", "against"):
         assert absent not in page.words
+    assert (
+        "Wall time is" not in page.words and "Last values" not in page.words and "in training are of" not in page.words
+    )
 
 
 def test_old_and_new_runs_differ_only_in_what_was_set(report, tmp_path):
@@ -247,6 +253,16 @@ def test_values_that_are_not_finite(report, tmp_path):
     page = report(run)
     assert page.row("run", "20.06")[2:] == ["0.03125at 5,000", "1.562 ± 0.016", "0.9688at 5,000"]
     assert len(page.plots()) == 6
+
+
+def test_gradients_that_were_not_finite(report, tmp_path):
+    """Their values are counted, not the steps: none is left out."""
+    run = write_run(tmp_path / "run")
+    rows = read_rows(run)
+    rows[0]["bad_gradients"], rows[1]["bad_gradients"] = 1200.0, 34.0
+    write_rows(run, rows)
+    page = report(run, write_run(tmp_path / "other"))
+    assert "1,234 values of run's gradients were not finite" in page.words and "other's gradients" not in page.words
 
 
 def test_a_run_that_only_began(report, tmp_path):
@@ -305,7 +321,13 @@ def test_evaluations(report, tmp_path):
     """Only Inception's features make an FID."""
     run = write_run(tmp_path / "run", evaluated=False)
     figure = {"value": 2.3456, "deviation": 0.0712, "deviation_of": "draws"}
-    write_result(run, "inception", {"fid": figure, "recall": {"value": 0.61234, "deviation": None}})
+    write_result(
+        run,
+        "inception",
+        {"fid": figure, "recall": {"value": 0.61234, "deviation": None}},
+        S_churn=0.0,
+        match_original=False,
+    )
     more = {"guidance": 1.5, "grid": "log-snr", "guidance_interval": "0,inf", "S_churn": 40.0, "guide": None}
     write_result(run, "pixels", {"fid": figure | {"value": None}, "frechet_distance": figure}, **more)
     page = report(run, write_run(tmp_path / "without"))
