@@ -119,9 +119,9 @@ class Run:
         return [found[nimg] for nimg in sorted(found)]
 
     def sigmas(self) -> list[float]:
-        """Noise levels at which errors were measured."""
+        """Noise levels at which errors were measured, and are finite."""
         names = {key for row in self.rows for key in row if key.startswith("val/error@")}
-        return sorted(level for name in names if (level := _level(name)) is not None)
+        return sorted(level for name in names if (level := _level(name)) is not None and self.points(name))
 
     def at_sigma(self, sigma: float) -> list[Point]:
         """Points of the error at one noise level."""

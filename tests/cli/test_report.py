@@ -265,6 +265,16 @@ def test_gradients_that_were_not_finite(report, tmp_path):
     assert "1,234 values of run's gradients were not finite" in page.words and "other's gradients" not in page.words
 
 
+def test_a_run_that_diverged(report, tmp_path):
+    """Evaluated, and never with a finite error."""
+    run = write_run(tmp_path / "run")
+    write_rows(run, [row | {key: None for key in row if key.startswith("val/")} for row in read_rows(run)])
+    assert report(run).plots() == ["Fréchet distance", "Other figures", "Training loss"]
+    page = report(run, write_run(tmp_path / "plain", momentum=False))
+    assert page.row("run", "20.06")[2] == "–" and "plain after 6,000 images." in page.words
+    assert "run after 6,000 images" not in page.words and "held-out error of" not in page.words
+
+
 def test_a_run_that_only_began(report, tmp_path):
     run = write_run(tmp_path / "one")
     write_rows(run, read_rows(run)[:1])
