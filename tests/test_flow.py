@@ -65,6 +65,17 @@ def test_single_precision_reaches_its_tolerance_whatever_the_company():
     np.testing.assert_allclose(together.x, sampled, atol=2e-3)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("below", [100.0, 1.0])
+def test_a_denoiser_that_is_not_finite_is_soon_given_up(bad, below):
+    """At all noise levels, or below one: not only after the 4,096 steps that may be taken."""
+    latents = jnp.ones((1, 4, 4, 1))
+    broken = jax.jit(
+        lambda x: solve_flow(lambda y, sigma: jnp.where(sigma < below, bad, gaussian(y, sigma)), x * HIGH, HIGH, LOW)
+    )(latents)
+    assert not broken.ok and broken.steps < 60
+
+
 def test_back_and_forth():
     _, _, denoise = correlated()
     x = jnp.asarray(RNG.standard_normal((2, 4, 4, 1)), jnp.float32) / 2

@@ -19,7 +19,7 @@ import numpy as np
 
 from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.places import path_argument, place_argument
-from fdm_jax.cli.sampling import add_checkpoint_argument, check_tolerance
+from fdm_jax.cli.sampling import add_checkpoint_argument, check_solved, check_tolerance
 from fdm_jax.errors import UserError
 from fdm_jax.whole_files import resolved
 
@@ -154,11 +154,7 @@ def compile_bits(experiment: Any, span: tuple[float, float], args: argparse.Name
             seeds = np.random.SeedSequence([args.seed, draw]).generate_state(1)[0] + indices.astype(np.uint32)
             placed = put((batch["image"], batch["label"], seeds), rows)
             values, tried, ok = jax.device_get(measured(variables, *placed))
-            if not ok:
-                raise UserError(
-                    f"The ODE solver did not get there with a tolerance of {args.tolerance} in {int(tried):,} steps: "
-                    "give a larger --tolerance."
-                )
+            check_solved(bool(ok), args.tolerance)
             total, steps = total + values.astype(np.float64), steps + int(tried)
         return total / args.draws, steps
 

@@ -168,6 +168,15 @@ def check_tolerance(tolerance: float) -> None:
         raise UserError(f"--tolerance must be between 1e-12 and 0.1, and is {tolerance}.")
 
 
+def check_solved(ok: bool, tolerance: float) -> None:
+    """Raise a UserError unless an adaptive solver got there."""
+    if not ok:
+        raise UserError(
+            f"The ODE could not be solved with a tolerance of {tolerance}: give a larger --tolerance, or an earlier "
+            "--checkpoint if the weights of this one are not finite numbers."
+        )
+
+
 class Loaded(NamedTuple):
     """A checkpoint's model, and the one that guides it, if there is one."""
 

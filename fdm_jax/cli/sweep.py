@@ -31,6 +31,7 @@ from fdm_jax.cli.sampling import (
     add_checkpoint_argument,
     add_class_argument,
     add_range_and_guidance,
+    check_solved,
     check_tolerance,
     load_guidance,
     load_with_guide,
@@ -219,10 +220,7 @@ def reference(args: argparse.Namespace, model: Loaded, seeds: np.ndarray) -> np.
     say(f"the ODE's solution: compiling it; then {size:,} images at a time")
     for count, batch in in_batches(size, seeds, labels):
         x, ok = jax.device_get(of_batch(variables, *put(batch, rows)))
-        if not ok:
-            raise UserError(
-                f"The ODE could not be solved with a tolerance of {args.tolerance}: give a larger --tolerance."
-            )
+        check_solved(bool(ok), args.tolerance)
         parts.append(x[:count])
         say(f"the ODE's solution: {sum(map(len, parts))} of {len(seeds)} images")
     solution = np.concatenate(parts)

@@ -18,6 +18,8 @@ from fdm_jax.errors import UserError
 from fdm_jax.sampling.grids import check_range
 
 MAX_STEPS = 4096
+FIRST_STEP = 0.1  # in ln sigma; the solver finds its own from there
+SMALLEST_STEP = 1e-6  # hardly more than float32 tells apart: asked for where D is not finite
 
 # (D(., sigma), x) -> D(x; sigma) [B, ...] and the trace of its derivative in x, or an estimate, [B]
 TraceFn = Callable[[Callable[[jax.Array], jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
@@ -150,9 +152,12 @@ def _solve(slope: Any, y: Any, start: float, stop: float, rtol: float, atol: flo
         diffrax.Dopri8(),
         t0=jnp.log(jnp.asarray(start, dtype)),
         t1=jnp.log(jnp.asarray(stop, dtype)),
-        dt0=None,
+        # Not diffrax's own guess, which is NaN where D is, and a NaN gets no smaller.
+        dt0=FIRST_STEP if stop > start else -FIRST_STEP,
         y0=y,
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, norm=worst_image),
+        stepsize_controller=diffrax.PIDController(
+            rtol=rtol, atol=atol, norm=worst_image, dtmin=SMALLEST_STEP, force_dtmin=False
+        ),
         max_steps=MAX_STEPS,
         throw=False,
     )

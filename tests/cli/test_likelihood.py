@@ -12,6 +12,7 @@ from fdm_jax.cli.record import Record
 from fdm_jax.defaults import recipe
 from fdm_jax.errors import UserError
 from fdm_jax.experiment import open_data
+from fdm_jax.sampling import flow
 
 
 def likelihood(workdir, out, *more):
@@ -99,6 +100,12 @@ def test_other_data_of_the_same_name_is_refused(straight_run, tmp_path, capsys):
     assert likelihood(straight_run, tmp_path / "bits.jsonl", *settings, f"--data={tmp_path}/a/cats") == 0
     assert likelihood(straight_run, tmp_path / "bits.jsonl", *settings, f"--data={tmp_path}/b/cats") == 2
     assert "holds results made with another source" in capsys.readouterr().err
+
+
+def test_an_ode_that_cannot_be_solved(straight_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(flow, "MAX_STEPS", 2)
+    assert likelihood(straight_run, tmp_path / "bits.jsonl", "--num=2", "--batch=8") == 2
+    assert "give a larger --tolerance, or an earlier --checkpoint if" in capsys.readouterr().err
 
 
 def test_classes_that_the_model_does_not_know(straight_run, tmp_path, capsys):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fdm_jax.cli.main import main
 from fdm_jax.evaluation.references import Reference, save_reference
+from fdm_jax.sampling import flow
 from fdm_jax.sampling.linear import Combination, step_call
 from fdm_jax.sampling.solvers import SOLVERS
 from fdm_jax.training.locking import locked
@@ -105,6 +106,12 @@ def test_damaged_pieces(folder, straight_run, capsys):
         words = "is damaged: delete it, and the same command" if solution else "is damaged or gone, and samples.png is"
         assert f"{path} {words}" in capsys.readouterr().err
         path.write_bytes(content)
+
+
+def test_an_ode_that_cannot_be_solved(straight_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(flow, "MAX_STEPS", 2)
+    assert sweep(straight_run, tmp_path / "sweep", "--solvers=euler", "--nfe=5") == 2
+    assert "give a larger --tolerance, or an earlier --checkpoint if" in capsys.readouterr().err
 
 
 def test_a_solution_of_other_settings_is_not_used(straight_run, tmp_path):
