@@ -80,7 +80,9 @@ def test_golden_twenty_steps(golden):
     losses = []
     for step in range(20):
         batch = {
-            "image": nhwc(data["images"][step]),
+            "image": np.rint(127.5 * (nhwc(data["images"][step]) + 1)).astype(
+                np.uint8
+            ),  # as the original's loader has them
             "label": data["labels"][step].argmax(-1),
             "rnd_normal": data["rnd_normal"][step].ravel(),
             "noise": nhwc(data["noise"][step]),
