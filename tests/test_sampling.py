@@ -14,7 +14,7 @@ from fdm_jax.families import EDM, VE, VP
 from fdm_jax.momentum import Momentum
 from fdm_jax.sampling import Churn, edm_sample, edm_sigmas, sampling_range
 from fdm_jax.sampling.edm import evaluation_sigmas
-from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
+from fdm_jax.sampling.generate import BatchedGenerator, NotFinite, levels_of
 from fdm_jax.sampling.seeds import choose_labels, churn_noise, dequantise, labels, latents, signs, to_uint8
 
 
@@ -134,6 +134,15 @@ def test_range_is_the_familys_own():
     assert sampling_range(EDM(momentum=Momentum())) == (0.002, 80.0)
     assert sampling_range(VE()) == (0.02, 80.0)
     assert sampling_range(VP()) == (0.002, 80.0)
+
+
+@pytest.mark.parametrize("grid", ["edm", "log-snr"])
+def test_the_range_bounds_a_named_grid_unless_told_otherwise(grid):
+    """80 ... 0.02 for VE, and 80 ... 0.002 where the original does not look at the family."""
+    ends = {clip: levels_of(grid, VE(), 0.002, 80.0, 7.0, clip=clip)(9)[[0, -2, -1]] for clip in (True, False)}
+    np.testing.assert_allclose(ends[True], [80, 0.02, 0], rtol=1e-12)
+    np.testing.assert_allclose(ends[False], [80, 0.002, 0], rtol=1e-12)
+    np.testing.assert_array_equal(levels_of([5.0, 0.001, 0.0], VE(), 0.002, 80.0, 7.0)(9), [5, 0.001, 0])
 
 
 @pytest.mark.parametrize("bad", [0, -3])
