@@ -64,10 +64,16 @@ def test_edm_layout(path, tmp_path, files, pixels, kind):
 
 def test_a_zip_and_its_folder_have_one_checksum_which_follows_the_content(path, tmp_path, files):
     other = files | {"00000/img00000001.png": png(RNG.randint(0, 9, (4, 4, 3), np.uint8))}
+    relabelled = files | {"dataset.json": files["dataset.json"].replace(b"2]", b"1]")}
     sums = []
-    for kind, some in (("zip", files), ("dir", files), ("zip", other)):
-        sums.append(prepared(tmp_path / f"data{len(sums)}", "zip", path(some, kind)).metadata["sha256"])
-    assert sums[0] == sums[1] != sums[2] and len(sums[0]) == 64
+    for kind, some, labels in (
+        ("zip", files, "auto"), ("dir", files, "auto"), ("zip", other, "auto"), ("zip", relabelled, "auto"),
+        ("zip", files, "none"), ("zip", relabelled, "none"),
+    ):  # fmt: skip
+        source = prepared(tmp_path / f"data{len(sums)}", "zip", path(some, kind), labels=labels)
+        sums.append(source.metadata["sha256"])
+    assert len(sums[0]) == 64 and sums[0] == sums[1] and sums[4] == sums[5]  # labels count where they are used
+    assert len(set(sums)) == 4
 
 
 def test_described_and_read_by_its_folder_alone(path, tmp_path, files, pixels):
