@@ -73,7 +73,7 @@ def test_a_denoiser_that_is_not_finite_is_soon_given_up(bad, below):
     broken = jax.jit(
         lambda x: solve_flow(lambda y, sigma: jnp.where(sigma < below, bad, gaussian(y, sigma)), x * HIGH, HIGH, LOW)
     )(latents)
-    assert not broken.ok and broken.steps < 60
+    assert not broken.ok and broken.steps < 100
 
 
 def test_back_and_forth():

@@ -19,7 +19,7 @@ from fdm_jax.sampling.grids import check_range
 
 MAX_STEPS = 4096
 FIRST_STEP = 0.1  # in ln sigma; the solver finds its own from there
-SMALLEST_STEP = 1e-6  # hardly more than float32 tells apart: asked for where D is not finite
+SMALLEST_STEP = 1e-9  # less than is ever needed: asked for where D is not finite
 
 # (D(., sigma), x) -> D(x; sigma) [B, ...] and the trace of its derivative in x, or an estimate, [B]
 TraceFn = Callable[[Callable[[jax.Array], jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
