@@ -1,14 +1,18 @@
 """What a run starts from."""
 
+import argparse
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 
+from fdm_jax.cli.config import load
 from fdm_jax.devices import make_mesh, replicated, sharded
 from fdm_jax.errors import UserError
+from fdm_jax.experiment import Experiment
 from fdm_jax.training import starting
 
 
@@ -33,6 +37,14 @@ def test_cpu_devices_share_the_memory_of_one_machine(monkeypatch, placed, need):
         UserError, match=r"has 1,000,000 parameters: .* this machine has .* or take a machine with more"
     ):
         starting.check_memory(state(placed))
+
+
+def test_a_state_that_no_memory_holds_is_not_begun(monkeypatch):
+    experiment = Experiment.from_config(load(argparse.Namespace(config=tiny.CONFIG, overrides=tiny.OVERRIDES)))
+    sharding = experiment.parallelised(make_mesh()).state_sharding
+    monkeypatch.setattr(starting, "machine_memory", lambda: 2**12)
+    with pytest.raises(UserError, match="take a smaller network"):
+        starting.fresh_state(experiment.network, experiment.spec, experiment.image_shape, sharding)
 
 
 @pytest.mark.parametrize("placed, need", [(replicated, 8e6), (sharded, 1e6)])

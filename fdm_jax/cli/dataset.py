@@ -192,7 +192,9 @@ def stats(args: argparse.Namespace) -> int:
     channels = ("grey",) if spec.channels == 1 else ("red", "green", "blue")
     for name, mean, std in zip(channels, result.mean, result.std, strict=True):
         print(f"  {name:<{width + 7}}  mean {mean:+.4f}  std {std:.4f}    pixels in [-1, 1]")
-    advice = f"--config.family.sigma_data={result.sigma_data:.3g} (EDM uses 0.5)"
+    advice = "all pictures are of one colour"  # and a sigma_data of 0 is none that EDM can take
+    if result.sigma_data:
+        advice = f"--config.family.sigma_data={result.sigma_data:.3g} (EDM uses 0.5)"
     print(f"  {'sigma_data':<{width + 7}}  {result.sigma_data:.4f}: {advice}")
     if args.out is not None:
         print(f"Grid: {args.out}")

@@ -119,7 +119,10 @@ def test_statistics_of_three_channels_without_classes(archives_zip, capsys):
     np.testing.assert_allclose(numbers["sigma_data"], values.std(), rtol=1e-12)
     assert numbers["classes"] == {}
     assert fdm("stats", source) == 0
-    assert "no classes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no classes" in said and f"--config.family.sigma_data={values.std():.3g} " in said
+    assert fdm("stats", archives_zip({"0.png": png(np.full((4, 4, 3), 7, np.uint8))})) == 0
+    assert "  0.0000: all pictures are of one colour\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("labels, sentence", [("[]", "no label for a.png"), ('[["a.png", "cat"]]', "whole number")])

@@ -71,9 +71,13 @@ def test_encoding_comes_back(edit):
     assert abs(back.astype(int) - IMAGE).mean() < 20  # a network that is hardly trained bends the way
 
 
-def test_interpolation(edit):
+def test_interpolation(edit, straight_run, tmp_path):
     frames = edit("interpolate", "--seeds=3,7", "--frames=5")
     assert len(frames) == 5
+    out = tmp_path / "ends"
+    assert main(["generate", f"--workdir={straight_run}", f"--out={out}", "--steps=4", "--class=3", "--seeds=3,7"]) == 0
+    for frame, seed in ((frames[0], 3), (frames[-1], 7)):
+        assert abs(frame.astype(int) - np.asarray(Image.open(out / f"{seed:06d}.png"))).max() <= 1
     steps = [abs(a.astype(int) - b).mean() for a, b in zip(frames[:-1], frames[1:], strict=True)]
     assert max(steps) < abs(frames[0].astype(int) - frames[-1]).mean() * 1.01
 
@@ -102,7 +106,7 @@ def test_interpolation(edit):
         (["encode", "--image=DIR/image.png", "--strength=0.3"], "--strength is for vary, not for encode"),
         (["vary", "--image=DIR/image.png", "--frames=3"], "--frames is for interpolate, not for vary"),
         (["interpolate", "--seeds=1,2", "--grid=9,0", "--sigma-max=5"], "--sigma-max would change nothing"),
-        (["interpolate", "--seeds=1,2", "--frames=2000"], "room for 1000 results, and 2,000 are asked for"),
+        (["interpolate", "--seeds=1,2", "--frames=1001"], "room for 1000 results, and 1,001 are asked for"),
         (["vary", "--image=DIR/image.png", "--batch=0"], "--batch must be 1 or more, and is 0"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 import tiny
@@ -44,7 +45,8 @@ def test_tables(profiled):
 def test_words(profiled):
     words = (profiled / "profile.txt").read_text()
     assert "ms of operations per step of 16 images on 8 x cpu, float32" in words
-    assert "/host:CPU: idle " in words and "Trace: " in words
+    assert re.search(r"/host:CPU: idle \d.* at a time; \d[\d.]*% between one program and the next[;.]", words)
+    assert "Trace: " in words
     *tables, _ = words.split("\n\n")[1:]
     assert [table.count("%") for table in tables] == [3, 3, 3, 3]  # --top
 
