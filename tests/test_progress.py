@@ -4,8 +4,10 @@ import errno
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -44,6 +46,27 @@ def test_a_line_a_minute_and_at_the_end(monkeypatch, capsys):
         "        500 of 500 images (100%)  evaluating  3 img/s  0:00 left",
         "",
     ]
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # no thread
+    progress = Progress(500, 100)
+    for done in (200, 300):
+        time.sleep(0.11)  # a bar is drawn ten times a second at most
+        progress.count(done, "loss 0.7  ")
+    progress.say("A line.")
+    progress.close()
+    shown = terminal.getvalue()
+    bars = [line for line in shown.split("\r") if "|" in line]
+    assert " 20%|" in bars[0] and "100/500 [" in bars[0]
+    assert any(re.search(r" 60%\|.*300/500 \[00:0\d<00:0\d, .*img/s, loss 0\.7\]", bar) for bar in bars)
+    assert "A line.\n" in shown
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE])

@@ -121,8 +121,9 @@ def test_it_goes_on_where_it_was(measured, place, straight_run, tmp_path, monkey
     assert result(out)["metrics"] == before["metrics"]
 
 
-def test_weights_of_another_family_are_another_model(straight_run):
-    model = load_model(straight_run)
+def test_other_weights_or_another_family_are_another_model(straight_run):
+    model, older = load_model(straight_run), load_model(straight_run, 16)
+    assert model._replace(variables=older.variables).describe()["model_sha256"] != model.describe()["model_sha256"]
     plain = dataclasses.replace(model.experiment, family=dataclasses.replace(model.experiment.family, momentum=None))
     assert model.experiment.family.momentum is not None
     assert model._replace(experiment=plain).describe()["model_sha256"] != model.describe()["model_sha256"]

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import signal
 import time
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from cli.conftest import assert_same_end, rows
+from PIL import Image
 
 from fdm_jax.cli.main import main
 from fdm_jax.cli.sampling import load_model
@@ -19,6 +21,8 @@ from fdm_jax.denoiser import make_denoise_fn
 from fdm_jax.evaluation.denoising import held_out_error
 from fdm_jax.evaluation.moments import moments
 from fdm_jax.evaluation.references import Reference, save_reference
+from fdm_jax.model import load_run
+from fdm_jax.pictures import image_grid
 from fdm_jax.sampling.generate import NotFinite
 from fdm_jax.training import loop, watchdog
 from fdm_jax.training.checkpoints import Checkpoints
@@ -115,10 +119,13 @@ def test_samples_that_are_no_numbers_do_not_end_a_run(tmp_path, data_dir, statis
 
 def test_what_the_end_of_a_start_prevents_the_next_one_does(tmp_path, data_dir, monkeypatch, capsys):
     """SIGTERM in an evaluation, memory that it does not get, and an end like a kill between a checkpoint and its samples."""
-    more = [*EVERY, "--config.samples.every_images=64", "--config.samples.rows=1", "--config.samples.steps=2",
+    more = [*EVERY, "--config.samples.every_images=64", "--config.samples.rows=2", "--config.samples.steps=2",
             "--config.train.images=128"]  # fmt: skip
     straight, stopped = (tmp_path / name for name in ("straight", "stopped"))
     assert main(tiny.arguments(straight, data_dir, *more)) == 0
+    said = capsys.readouterr().err
+    for line in (r"64 of 128 images \( 50%\)  loss [\d.]+ .* img/s  0:00 left", r"128 of 128 images \(100%\)  loss "):
+        assert re.search(line, said), said
 
     def broken_off(self, variables, stop):
         signal.raise_signal(signal.SIGTERM)
@@ -147,7 +154,7 @@ def test_what_the_end_of_a_start_prevents_the_next_one_does(tmp_path, data_dir, 
         said = capsys.readouterr().err
         assert "Stopped by SIGTERM at step 4, saved" in said and "evaluating" not in said  # a second is no long work
         assert not evaluations(stopped) and not (stopped / "samples").exists()
-    without_memory(loop.BatchedGenerator, "picture of step 4: go on with a smaller --config.samples.rows than 1")
+    without_memory(loop.BatchedGenerator, "picture of step 4: go on with a smaller --config.samples.rows than 2")
     with monkeypatch.context() as patches:
         patches.setattr(loop._Run, "_sample", killed)
         assert main(tiny.arguments(stopped, data_dir, *more)) == 130
@@ -156,6 +163,9 @@ def test_what_the_end_of_a_start_prevents_the_next_one_does(tmp_path, data_dir, 
         assert rows(stopped) == rows(straight)
     pictures = [{path.name: path.read_bytes() for path in (run / "samples").iterdir()} for run in (straight, stopped)]
     assert pictures[0] == pictures[1] and len(pictures[0]) == 2
+    images = load_run(straight).sampler(steps=2, batch_size=20)(range(20), [*range(10)] * 2)  # a class per column
+    shown = np.asarray(Image.open(straight / "samples" / "000000000128.png"))
+    np.testing.assert_array_equal(shown, image_grid(images, 10, scale=4))
 
 
 @pytest.mark.parametrize("stopped_in", ["step", "evaluation"])

@@ -35,6 +35,16 @@ def pixels(path):
     return np.asarray(Image.open(path))
 
 
+def test_table_of_solvers(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--list-solvers"])
+    head, *table = capsys.readouterr().out.splitlines()
+    assert ended.value.code in (0, None) and head.split()[:4] == ["name", "order", "NFE", "noise"]
+    column = head.index("noise")
+    noisy = {line.split()[0]: line[column:].split()[0] for line in table}
+    assert noisy.keys() == SOLVERS.keys() and noisy["heun"] == "no" and noisy["ancestral"] == "yes"
+
+
 def test_a_png_per_seed(folder):
     assert sorted(p.name for p in folder.glob("*.png")) == [f"{seed:06d}.png" for seed in range(11)]
     assert pixels(folder / "000003.png").shape == (8, 8)
