@@ -5,10 +5,11 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fdm_jax.errors import UserError
-from fdm_jax.pictures import curves_png, image_grid, rows_png, save_png
+from fdm_jax.pictures import curves_png, image_grid, log_scale, own_ticks, rows_png, save_png
 from fdm_jax.reporting.plots import sweep_png
 from fdm_jax.reporting.runs import Case, Run
 
@@ -80,6 +81,36 @@ def test_curves_are_a_png_drawn_without_pyplot(tmp_path):
         assert len(picture.convert("RGB").getcolors(2**20)) > 10
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
     assert ("matplotlib.pyplot" in sys.modules) == pyplot_before
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([1.0, 2.4], None),  # no more than a factor of 2.5
+        ([0.0, 5.0], None),
+        ([], None),
+        ([0.5, 4.0], ["0.6", "0.8", "1", "1.5", "2", "3", "4"]),
+        ([0.5, 40.0], ["0.5", "1", "2", "5", "10", "20"]),
+        ([0.5, 400.0], ["1", "3", "10", "30", "100", "300"]),
+        ([0.5, 40000.0], ["1", "10", "100", "1000", "10000"]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis(values, shown):
+    axes = Figure().subplots()
+    log_scale(axes.yaxis, values)
+    assert axes.get_yscale() == ("linear" if shown is None else "log")
+    if shown is not None:
+        assert [label.get_text() for label in axes.get_yticklabels()] == shown
+        assert axes.get_ylim() == pytest.approx((min(values) / 1.1, max(values) * 1.1))
+
+
+def test_ticks_where_the_few_numbers_are_that_were_chosen():
+    axes = Figure().subplots()
+    own_ticks(axes.xaxis, [5, 35, 9, 5])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["5", "9", "35"]
+    before = axes.get_yticks()
+    own_ticks(axes.yaxis, range(13))
+    np.testing.assert_array_equal(axes.get_yticks(), before)
 
 
 CASE = Case(Run("run", {"momentum.enabled": True}), "heun", 9, {"FID": (2.0, None)})
