@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,27 @@ def make_folder(path: Path) -> None:
     """With those above it.  Nothing to do for objects; gcsfs would make the bucket."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Names of the files in a folder, and their bytes; objects are asked for together, not one by one."""
+    try:
+        if is_remote(folder):
+            found = filesystem().ls(os.fspath(folder), detail=True)
+            return {each["name"].rpartition("/")[2]: each["size"] for each in found if each["type"] == "file"}
+        return {each.name: each.stat().st_size for each in os.scandir(folder) if each.is_file()}
+    except FileNotFoundError:
+        return {}
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Files of a folder; objects many at a time."""
+    paths = [folder / name for name in names]
+    if is_remote(folder):
+        filesystem().rm([os.fspath(path) for path in paths])
+    else:
+        for path in paths:
+            path.unlink()
 
 
 def remove_folder(path: Path) -> None:

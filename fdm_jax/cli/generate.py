@@ -3,6 +3,7 @@
   fdm generate --workdir=runs/digits --seeds=0-63 --out=images/         a PNG per seed
   fdm generate --workdir=runs/digits --seeds=0-99 --out=grid.png        one grid
   fdm generate --workdir=runs/digits --seeds=0-49999 --out=images.npz   arrays: image, seed, label
+  fdm generate --workdir=gs://BUCKET/run --out=gs://BUCKET/images       on a TPU pod, from all workers
   fdm generate --workdir=runs/digits --out=fast.png --solver=unipc-2 --grid=log-snr --nfe=10
 
 A seed decides its image (and its class, unless --class is given) whatever is generated beside it.  A command
@@ -13,9 +14,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
+import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ import numpy as np
 
 from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.distributed import add_distributed_argument, joined, wait_for_all
-from fdm_jax.cli.places import path_argument, place_argument
+from fdm_jax.cli.places import place_argument
 from fdm_jax.cli.record import SETTINGS, differing, made_otherwise, read_settings
 from fdm_jax.cli.sampling import (
     Loaded,
@@ -36,17 +40,21 @@ from fdm_jax.cli.sampling import (
     make_sampler,
 )
 from fdm_jax.errors import UserError
-from fdm_jax.storage_errors import disk_full
-from fdm_jax.whole_files import write_text
+from fdm_jax.storage_errors import disk_full, refusal
+from fdm_jax.whole_files import file_sizes, is_remote, remove_files, save_npz, write_text
 
 HELP = "generate images with a trained model"
+
+# That write and read pictures on gs://, where to put one is to wait for its answer.  Python's PNGs take one at a time.
+THREADS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, type=place_argument, metavar="DIR", help="workdir of the run")
     parser.add_argument(
-        "--out", required=True, type=path_argument, metavar="PATH", help="a folder, or a file ending in .png or .npz"
-    )
+        "--out", required=True, type=place_argument, metavar="PATH", help="a folder, or a file ending in .png or .npz; "
+        "local or gs://",
+    )  # fmt: skip
     parser.add_argument("--seeds", default="0-63", help="such as 0-63 or 1,2,5-9 (default: %(default)s)")
     add_class_argument(parser)
     add_checkpoint_argument(parser)
@@ -118,7 +126,7 @@ def _fill(out: _Output, args: argparse.Namespace, model: Loaded, sampler: Sample
             out.claim(sampler.settings)
     check_shared(out.folder)
     # The first looks, for all: they must agree on who makes what, and files may show later in one than in the other.
-    missing = np.asarray(of_the_first([i for i, seed in enumerate(seeds) if first and not out.has(int(seed))]), int)
+    missing = np.asarray(of_the_first(out.missing(seeds) if first else []), int)
     if len(missing):
         mesh = make_mesh(jax.local_devices())
         generator = BatchedGenerator(sampler.generate, mesh, min(args.batch, len(missing)), check=program_check())
@@ -133,8 +141,7 @@ def _fill(out: _Output, args: argparse.Namespace, model: Loaded, sampler: Sample
             watchdog.at(f"{generator.batch_size:,} images")
             for images in generator(sampler.variables, seeds[ours], labels[ours]):
                 watchdog.at("images to be written")
-                for image in images:
-                    out.put(int(next(names)), image)
+                out.put(list(itertools.islice(names, len(images))), images)
                 done = min(done + len(images) * jax.process_count(), len(seeds))  # the others are as far
                 progress.count(done)
                 watchdog.at(f"{generator.batch_size:,} images")
@@ -151,7 +158,7 @@ def _fill(out: _Output, args: argparse.Namespace, model: Loaded, sampler: Sample
 
 
 class _Output:
-    """A folder of PNGs by seed; for a grid or an npz that folder is a temporary one beside it."""
+    """A folder of PNGs by seed, local or gs://; for a grid or an npz that folder is a temporary one beside it."""
 
     def __init__(self, path: Path):
         if path.suffix not in ("", ".png", ".npz"):
@@ -160,6 +167,7 @@ class _Output:
             raise UserError(f"--out {path} is a folder, where a file was to be written: give another --out.")
         self.path = path
         self.folder = path if path.suffix == "" else path.with_name(f"{path.name}.parts")
+        self.threads = THREADS if is_remote(path) else 1
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Say in the folder, which is there and locked, what it is for.
@@ -169,7 +177,7 @@ class _Output:
         """
         path = self.path
         try:
-            before, kept = read_settings(self.folder), any(self.folder.glob("*.png"))
+            before, kept = read_settings(self.folder), any(name.endswith(".png") for name in file_sizes(self.folder))
             if before is None and kept:
                 raise UserError(
                     f"{self.folder} holds pictures that fdm generate did not make: delete it, or give another --out."
@@ -183,29 +191,31 @@ class _Output:
         except OSError as error:
             if disk_full(error):
                 raise  # the command line has a sentence for it
-            raise UserError(f"--out {path} cannot be written: {error.strerror}.") from error
+            raise UserError(f"--out {path} cannot be written: {error.strerror or refusal(error) or error}.") from error
 
     def _file(self, seed: int) -> Path:
         return self.folder / f"{seed:06d}.png"
 
-    def has(self, seed: int) -> bool:
-        """Whether its picture is there; an empty file is what a machine that lost its power can leave of one."""
-        try:
-            return self._file(seed).stat().st_size > 0
-        except FileNotFoundError:
-            return False
+    def missing(self, seeds: np.ndarray) -> list[int]:
+        """Places of the seeds without a picture; an empty file is what a machine that lost its power can leave of one."""
+        sizes = file_sizes(self.folder)
+        return [i for i, seed in enumerate(seeds) if not sizes.get(self._file(seed).name)]
 
-    def put(self, seed: int, image: np.ndarray) -> None:
+    def put(self, seeds: Sequence[int], images: np.ndarray) -> None:
         from fdm_jax.pictures import save_png
 
-        save_png(image, self._file(seed))
+        with ThreadPoolExecutor(self.threads) as threads:
+            list(threads.map(lambda seed, image: save_png(image, self._file(seed)), seeds, images))
 
-    def _images(self, seeds: np.ndarray) -> Iterator[np.ndarray]:
+    def _read(self, seeds: np.ndarray) -> np.ndarray:
         from PIL import Image
 
-        for seed in seeds:
-            image = np.asarray(Image.open(self._file(int(seed))))
-            yield image if image.ndim == 3 else image[..., None]
+        def read(seed: int) -> np.ndarray:
+            image = np.asarray(Image.open(io.BytesIO(self._file(seed).read_bytes())))
+            return image if image.ndim == 3 else image[..., None]
+
+        with ThreadPoolExecutor(self.threads) as threads:
+            return np.stack(list(threads.map(read, seeds)))
 
     def finish(self, seeds: np.ndarray, labels: np.ndarray, columns: int) -> None:
         """Make the one file that was asked for, if it is one."""
@@ -213,18 +223,21 @@ class _Output:
 
         if self.folder == self.path:
             return
-        images = np.stack(list(self._images(seeds)))
+        images = self._read(seeds)
         if self.path.suffix == ".png":
             scale = max(1, 32 // images.shape[1])
             save_png(image_grid(images, columns, scale=scale), self.path)
         else:
-            temporary = self.folder / "all.npz"
-            np.savez(temporary, image=images, seed=seeds, label=labels)
+            temporary = self.folder / "all.npz"  # which, after a kill, the next start removes
+            save_npz(temporary, {"image": images, "seed": seeds, "label": labels})
             temporary.replace(self.path)
         self._clear()
-        shutil.rmtree(self.folder)
+        if not is_remote(self.folder):  # of which nothing is left when the lock is gone, too
+            shutil.rmtree(self.folder)
 
     def _clear(self) -> None:
         """Empty the folder, but for its lock; the settings, without which the pictures would be a stranger's, come last."""
-        for file in sorted(self.folder.glob("[!.]*"), key=lambda file: file.name == SETTINGS):
-            file.unlink()
+        names = {name for name in file_sizes(self.folder) if not name.startswith(".")}
+        for some in (names - {SETTINGS}, names & {SETTINGS}):
+            if some:
+                remove_files(self.folder, some)

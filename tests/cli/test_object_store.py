@@ -1,5 +1,6 @@
 """A workdir in a bucket is like a local one: bit for bit, through a kill in the middle of a save and damage."""
 
+import io
 import json
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import object_store
 import pytest
 import tiny
 from cli.conftest import assert_same_end, assert_same_losses, finish, rows, start, start_all
+from PIL import Image
 
 from fdm_jax.cli.main import main
 from fdm_jax.training import locking
@@ -170,14 +172,86 @@ def test_generate_evaluate_and_report(store, run, data_dir, tmp_path):
     assert "short" in (tmp_path / "page.html").read_text()
 
 
+def test_generated_into_the_bucket(store, run, tmp_path, capsys):
+    """The same as into a local folder; what is there is not made again, and nothing but what was asked for is left."""
+
+    def generate(out, *more):
+        return main(["generate", f"--workdir={run}", "--seeds=0-59", "--nfe=1", f"--out={out}", *more])
+
+    for out in ("images", "grid.png", "all.npz"):
+        assert generate(f"gs://bucket/out/{out}") == generate(tmp_path / out) == 0
+    copy = fetch(store, "out", tmp_path / "copy")
+    assert sorted(path.name for path in copy.iterdir()) == ["all.npz", "grid.png", "images"]
+    assert sorted(path.name for path in (copy / "images").iterdir()) == [
+        *(f"{seed:06d}.png" for seed in range(60)), "settings.json",
+    ]  # fmt: skip
+    for path in ["grid.png", *(f"images/{seed:06d}.png" for seed in range(60))]:
+        assert (copy / path).read_bytes() == (tmp_path / path).read_bytes()
+    with np.load(copy / "all.npz") as a, np.load(tmp_path / "all.npz") as b:
+        for name in ("image", "seed", "label"):
+            np.testing.assert_array_equal(a[name], b[name])
+
+    before = store.names("bucket", "out/")
+    store.put("bucket", "out/images/000007.png", b"")
+    del store.objects["bucket", "out/images/000059.png"], store.requests[:]
+    capsys.readouterr()
+    assert generate("gs://bucket/out/images") == 0
+    assert "then 2 images" in capsys.readouterr().err
+    assert store.names("bucket", "out/") == before
+    for name in ("images/000007.png", "images/000059.png"):
+        assert store.objects["bucket", f"out/{name}"][0] == (copy / name).read_bytes()
+    assert not [request for request in store.requests if "%2Fimages%2F0" in request]  # one list says what is there
+    assert generate("gs://bucket/out/images", "--class=3") == 2
+    assert "gs://bucket/out/images holds images made with another class" in capsys.readouterr().err
+    store.put("bucket", "data/0.png", b"mine")
+    assert generate("gs://bucket/data") == 2
+    assert "gs://bucket/data holds pictures that fdm generate did not make" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out", ["made", "made.npz"])
+def test_two_processes_that_are_killed_while_they_generate(store, run, tmp_path, out):
+    arguments = ["generate", f"--workdir={run}", "--seeds=0-79", "--nfe=1", "--batch=4"]
+    processes = start_all([*arguments, f"--out=gs://bucket/pod_{out}"], 2)
+
+    def pictures():
+        return [name for name in store.names("bucket", f"pod_{out}") if name.endswith(".png")]
+
+    deadline = time.monotonic() + 240
+    while len(pictures()) < 20:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    there = len(pictures())
+    assert 20 <= there < 80
+    said = finish(start_all([*arguments, f"--out=gs://bucket/pod_{out}"], 2), [0, 0])
+    assert "waiting 60 s" in said[0] and f"then {80 - there} images" in said[0]
+    assert main([*arguments, f"--out={tmp_path}/one.npz"]) == 0
+    with np.load(tmp_path / "one.npz") as one:
+        images = one["image"]
+    if out == "made":
+        made = [np.asarray(Image.open(io.BytesIO(store.objects["bucket", name][0])))[..., None] for name in pictures()]
+    else:
+        assert store.names("bucket", "pod_made.npz") == ["pod_made.npz"]
+        with np.load(io.BytesIO(store.objects["bucket", "pod_made.npz"][0])) as two:
+            made = two["image"]
+    assert np.abs(np.asarray(made, int) - images).max() <= 1
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
         (tiny.arguments("gs://elsewhere/run"), "gs://elsewhere/run cannot be written: there is no such bucket."),
         (["generate", "--workdir=gs://bucket/none", "--out=a.png"], "gs://bucket/none is not the workdir of a run"),
         (
-            ["generate", "--workdir=gs://bucket/short", "--out=gs://bucket/a.png"],
+            ["edit", "interpolate", "--workdir=gs://bucket/short", "--out=gs://bucket/a.png"],
             "--out must be a local path, and is gs://b",
+        ),
+        (
+            ["generate", "--workdir=gs://bucket/short", "--out=gs://elsewhere/a.png"],
+            "gs://elsewhere/a.png.parts cannot be written: there is no such bucket.",
         ),
     ],
 )
