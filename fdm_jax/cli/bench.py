@@ -3,6 +3,7 @@
   fdm bench                                              a small network on 8x8 images
   fdm bench --cifar10                                    also CIFAR-10's (minutes to compile on a CPU)
   fdm bench --config=configs/edm.py:ffhq64 --what=train --batch-size=256 --dtype=bfloat16
+  fdm bench --config=configs/edm.py:cifar10 --distributed=auto     all devices of a TPU pod or a Slurm job together
 
 Fields: images_per_second (median, with the lowest and highest of up to five repeats), gflop_per_image (2 x
 multiply-adds of convolutions and matrix products, training as three forward passes), tflops (what these come to),
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdm_jax.cli.checks import need_positive
+from fdm_jax.cli.distributed import add_distributed_argument, joined
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.host_memory import program_check
 from fdm_jax.progress import say
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute type (default: the configuration's)")
     parser.add_argument("--cifar10", action="store_true", help="without --config: also the network for CIFAR-10")
+    add_distributed_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,11 +69,22 @@ def run(args: argparse.Namespace) -> int:
         if name not in MEASURES:
             raise UserError(f"--what cannot be {name!r}: {nearest(name, MEASURES)}")
     need_positive(args, "batch_size", "steps", "sampling_steps")
+    with joined(args.distributed, None, leave_when_told=True):
+        _measure(args, what)
+    return 0
+
+
+def _measure(args: argparse.Namespace, what: list[str]) -> None:
+    """Every process does the same, and the first one prints."""
+    import jax
+
     for case in cases(args):
         for name in what:
-            say(f"{case.name}: compiling and timing {name}, {case.spec.batch_size} images at once")
-            print(json.dumps(MEASURES[name](case, args)), flush=True)
-    return 0
+            if jax.process_index() == 0:
+                say(f"{case.name}: compiling and timing {name}, {case.spec.batch_size} images at once")
+            found = json.dumps(MEASURES[name](case, args))
+            if jax.process_index() == 0:
+                print(found, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,6 +424,7 @@ def describe(name: str, network: SongUNet, spec: TrainSpec) -> dict[str, Any]:
         "batch_size": spec.batch_size,
         "dtype": jnp.dtype(network.dtype).name,
         "devices": jax.device_count(),
+        "processes": jax.process_count(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }

@@ -1,6 +1,7 @@
 """Several processes of this machine as one: --distributed."""
 
 import inspect
+import json
 import shutil
 import signal
 import socket
@@ -328,6 +329,17 @@ def test_generated_by_two_processes(straight_run, tmp_path):
     assert "10 images in" in said[0] and "images in" not in said[1]
     one, two = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("one", "two"))
     assert np.abs(one - two).max() <= 1 and one.std() > 10
+
+
+@pytest.mark.parametrize("what", ["train", pytest.param("sample", marks=pytest.mark.slow)])
+def test_speed_of_two_processes(what):
+    """Of all their devices together."""
+    arguments = [f"--config={tiny.CONFIG}", *tiny.OVERRIDES, f"--what={what}", "--steps=1", "--sampling-steps=1"]
+    said = finish(start_all(["bench", *arguments], 2, devices=2), [0, 0])
+    (line,) = [json.loads(line) for line in said[0].splitlines() if line.startswith("{")]
+    assert (line["what"], line["devices"], line["processes"], line["batch_size"]) == (what, 4, 2, 16)
+    assert line["images_per_second"] > 0 and line["matmul_tflops"] > 0
+    assert "{" not in said[1] and "timing" not in said[1]
 
 
 TOLD_IN_C = """
