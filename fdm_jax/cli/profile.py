@@ -3,6 +3,7 @@
   fdm profile --config=configs/edm.py:cifar10 --out=profile
   fdm profile --config=configs/edm.py:cifar10 --out=profile --what=loop --steps=100
   fdm profile --config=configs/edm.py:cifar10 --out=profile --what=sample --dtype=bfloat16 --batch-size=64
+  fdm profile --config=configs/edm.py:cifar10 --out=profile --distributed=auto     the first worker of a TPU pod
 
 --out then holds profile.txt (what is printed), profile.json (the same, unabridged) and the trace itself, which
 TensorBoard's profile plugin and https://ui.perfetto.dev (perfetto_trace.json.gz) show.  Times are those of operations on
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdm_jax.cli.checks import need_positive
+from fdm_jax.cli.distributed import add_distributed_argument, joined
 from fdm_jax.cli.places import path_argument
 from fdm_jax.errors import UserError, nearest
 
@@ -52,19 +54,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute type (default: the configuration's)")
     parser.add_argument("--remat", metavar="RES,...", help="resolutions whose blocks are rematerialised")
     parser.add_argument("--top", type=int, default=20, metavar="N", help="rows of a table (default: %(default)s)")
+    add_distributed_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from fdm_jax import profiling
+    from fdm_jax.cli.bench import overriding
+    from fdm_jax.cli.config import load
+    from fdm_jax.xla_flags import launch_operations_singly
 
     if args.what not in WHAT:
         raise UserError(f"--what cannot be {args.what!r}: {nearest(args.what, WHAT)}")
     need_positive(args, "batch_size", "steps", "top")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={args.out} cannot be made: {error.strerror}.") from error
+    if args.what == "loop" and args.distributed != "off":
+        raise UserError("--what=loop is of one process only: leave --distributed out, or give --what=train.")
+    if args.what == "sample" or (args.what == "loop" and load(overriding(args)).train.steps_at_once > 1):
+        launch_operations_singly()  # now, before JAX starts
+    with joined(args.distributed, None, leave_when_told=True):
+        _profile(args)
+    return 0
+
+
+def _profile(args: argparse.Namespace) -> None:
+    """Every process runs the same, and the first one traces it."""
+    import jax
+
+    from fdm_jax import profiling
+    from fdm_jax.training.agreement import all_or_none
+
+    with all_or_none(f"The first process cannot write --out={args.out}, and says why."):
+        try:
+            if jax.process_index() == 0:
+                args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out={args.out} cannot be made: {error.strerror}.") from error
     traced = WHAT[args.what](args)
+    if traced is None:
+        return
     events = profiling.read_events(traced.trace)
     summary = {"what": args.what, **traced.described}
     summary |= profiling.summarise(events, traced.program, traced.parameters, traced.steps, top=max(args.top, 200))
@@ -72,7 +97,6 @@ def run(args: argparse.Namespace) -> int:
     (args.out / "profile.json").write_text(json.dumps(summary, indent=2) + "\n")
     (args.out / "profile.txt").write_text(words + "\n")
     print(words)
-    return 0
 
 
 class Traced(NamedTuple):
@@ -93,7 +117,7 @@ class Traced(NamedTuple):
     described: dict[str, Any]
 
 
-def train(args: argparse.Namespace) -> Traced:
+def train(args: argparse.Namespace) -> Traced | None:
     """The train step."""
     from fdm_jax.cli.bench import cases, training_program
 
@@ -101,29 +125,31 @@ def train(args: argparse.Namespace) -> Traced:
     return _traced(case, training_program(case), args)
 
 
-def sample(args: argparse.Namespace) -> Traced:
+def sample(args: argparse.Namespace) -> Traced | None:
     """The sampler of 18 steps."""
     from fdm_jax.cli.bench import cases, sampling_programs
-    from fdm_jax.xla_flags import launch_operations_singly
 
-    launch_operations_singly()
     (case,) = cases(args)
     return _traced(case, sampling_programs(case, 18)[0], args)
 
 
-def _traced(case: Case, program: Program, args: argparse.Namespace) -> Traced:
+def _traced(case: Case, program: Program, args: argparse.Namespace) -> Traced | None:
+    """Of several processes, the first one's devices; None in the others."""
     import jax
 
     from fdm_jax.cli.bench import describe
 
     for _ in range(2):  # the first call sets up what later ones find
         jax.block_until_ready(program.call())
-    steps = args.steps or 5
-    with tracing(args.out) as traces:
+    steps, first = args.steps or 5, jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        traces = stack.enter_context(tracing(args.out)) if first else []
         for step in range(steps):
             with jax.profiler.StepTraceAnnotation("step", step_num=step):
                 result = program.call()
         jax.block_until_ready(result)
+    if not first:
+        return None
     shapes = parameter_shapes(case.network, case.spec, case.image_shape)
     described = describe(case.name, case.network, case.spec)
     return Traced(traces[0], program.compiled.as_text(), shapes, steps, described)
@@ -138,13 +164,10 @@ def loop(args: argparse.Namespace) -> Traced:
     from fdm_jax.cli.config import load
     from fdm_jax.experiment import Experiment, open_data
     from fdm_jax.training.loop import PROGRAMS_IN_FLIGHT, steps_together, train
-    from fdm_jax.xla_flags import launch_operations_singly
 
     config = load(overriding(args))
     steps = args.steps or 50
     at_once = config.train.steps_at_once
-    if at_once > 1:
-        launch_operations_singly()
     warm_up = max(LOOP_WARM_UP, (PROGRAMS_IN_FLIGHT + 1) * at_once)  # until as many are under way as ever
     images = config.train.batch_size * (warm_up + steps + 2 * at_once)
     config.update_from_flattened_dict({
@@ -214,6 +237,8 @@ def render(summary: dict[str, Any], top: int) -> str:
         f"{s['name']}, {s['what']}: {s['milliseconds']:.4g} ms of operations per {noun} of {s['batch_size']} images on "
         f"{s['devices']} x {s['device']}, {s['dtype']}, jax {s['jax']}; mean of {s['steps']}."
     ]
+    if s["processes"] > 1:
+        lines.append(f"Of {s['processes']} processes, this is the first one with its devices.")
     for title, rows in (
         ("pass", s["passes"]), ("kind of work", s["categories"]), ("module", s["modules"]), ("operation", s["operations"]),
     ):  # fmt: skip

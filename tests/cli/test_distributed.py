@@ -342,6 +342,22 @@ def test_speed_of_two_processes(what):
     assert "{" not in said[1] and "timing" not in said[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["train", "sample"])
+def test_profile_of_two_processes(tmp_path, what):
+    """The first one's, which all the others run with."""
+    arguments = [f"--config={tiny.CONFIG}", *tiny.OVERRIDES, f"--what={what}", "--steps=2", f"--out={tmp_path}/HOST"]
+    said = finish(start_all(["profile", *arguments], 2, devices=2), [0, 0])
+    assert "Of 2 processes, this is the first one with its devices." in said[0] and "Of 2" not in said[1]
+    assert {path.name for path in (tmp_path / "0").iterdir()} == {"plugins", "profile.json", "profile.txt"}
+    assert not (tmp_path / "1").exists()
+    summary = json.loads((tmp_path / "0" / "profile.json").read_text())
+    assert (summary["devices"], summary["processes"], summary["steps"]) == (4, 2, 2)
+    kinds = {row["name"] for row in summary["categories"]}
+    assert "convolution" in kinds and "not in the program" not in kinds
+    assert any("all-reduce" in row["operation"] for row in summary["operations"]) == (what == "train")
+
+
 TOLD_IN_C = """
 import ctypes, signal
 from fdm_jax.cli.distributed import _leave_when_told
