@@ -91,7 +91,7 @@ def _connect() -> None:
 
 
 _ENDINGS = {
-    signal.SIGTERM: ("stopped by SIGTERM; the same command goes on from here.", RESTART_CODE),
+    signal.SIGTERM: ("stopped by SIGTERM; the same command begins again or goes on.", RESTART_CODE),
     signal.SIGINT: ("stopped; the same command begins again or goes on.", 130),
 }
 

@@ -372,7 +372,7 @@ ctypes.CDLL(None).sleep(60)
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [
-        (signal.SIGTERM, RESTART_CODE, "fdm: stopped by SIGTERM; the same command goes on from here."),
+        (signal.SIGTERM, RESTART_CODE, "fdm: stopped by SIGTERM; the same command begins again or goes on."),
         (signal.SIGINT, 130, "fdm: stopped; the same command begins again or goes on."),
     ],
 )
