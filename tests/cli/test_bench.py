@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -131,3 +132,21 @@ def test_timing_covers_work_that_runs_behind_python():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_matrix_products(dtype):
     assert 1e-5 < bench.matmul_tflops(dtype, size=64, seconds=1e-3) < 100
+
+
+def test_rate_of_matrix_products(monkeypatch):
+    """Of products that take 3 ms each, one time in two."""
+    monkeypatch.setattr(bench, "_product_chain", lambda: lambda count, matrix: count)
+    monkeypatch.setattr(bench, "time_calls", lambda call, repeats, calls: [0.004 * call(), 0.003 * call()])
+    assert bench.matmul_tflops(jnp.float32, size=64) == pytest.approx(2 * 64**3 / 0.003 / 1e12)
+
+
+def test_what_a_sampler_adds(monkeypatch, matmul):
+    """Six seconds for five passes of one second each."""
+    compiled = SimpleNamespace(memory_analysis=lambda: None)
+    programs = [bench.Program(compiled, 1.0, seconds) for seconds in (6.0, 1.0)]
+    monkeypatch.setattr(bench, "sampling_programs", lambda case, steps: programs)
+    monkeypatch.setattr(bench, "time_calls", lambda call, repeats, calls: [call] * repeats)
+    (case,) = cases(batch_size=24)
+    line = bench.bench_sampling(case, argparse.Namespace(sampling_steps=3, steps=2))
+    assert (line["nfe"], line["sampler_overhead"], line["images_per_second"]) == (5, 0.2, 4)
