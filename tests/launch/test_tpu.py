@@ -86,6 +86,9 @@ elif (stage / "repair").exists():
     else:
         (stage / "repair").unlink()
         print("READY")
+elif verb == "ssh" and (stage / "deaf").exists():
+    (stage / "deaf").unlink()
+    leave("ssh: connect to host: Connection timed out")
 elif verb == "describe":
     pod.write_text(json.dumps(state[1:] or state))
     if state[0] == "no answer":
@@ -300,7 +303,8 @@ def test_preemption(pod, late):
     assert len(pod.starts(0)) == len(pod.starts(1)) == times + 1 and len(set(pod.starts(0))) == 1
     assert [len(pod.called(verb)) for verb in ("create", "scp", "delete")] == [times + 1, times + 1, times]
     assert pod.called("create")[0] == pod.called("create")[-1]
-    assert done.stderr.count("the slice was preempted") == times
+    assert done.stderr.count("the slice was preempted (SUSPENDED)") == 1
+    assert done.stderr.count("the slice was preempted (PREEMPTED)") == times - 1
     assert "`tpu.py delete` gives it back" in done.stderr
 
 
@@ -320,6 +324,14 @@ def test_a_setup_that_fails_is_tried_again(pod):
     done = pod.train(deeds=["done"])
     assert done.returncode == 0 and done.stderr.count("the setup failed.") == 1
     assert len(pod.called("scp")) == 2 and len(pod.starts(0)) == len(pod.starts(1)) == 1
+
+
+def test_workers_that_do_not_answer_are_asked_again(pod):
+    """Their slice is fine, and is kept."""
+    (pod.folder / "deaf").touch()
+    done = pod.train(deeds=["done"])
+    assert done.returncode == 0 and done.stderr.count("not all workers answer.") == 1
+    assert len(pod.called("create")) == 1 and not pod.called("delete")
 
 
 @pytest.mark.slow
