@@ -124,7 +124,10 @@ def test_what_the_end_of_a_start_prevents_the_next_one_does(tmp_path, data_dir, 
     straight, stopped = (tmp_path / name for name in ("straight", "stopped"))
     assert main(tiny.arguments(straight, data_dir, *more)) == 0
     said = capsys.readouterr().err
-    for line in (r"64 of 128 images \( 50%\)  loss [\d.]+ .* img/s  \d+:\d\d left", r"128 of 128 images \(100%\)  loss "):
+    for line in (
+        r"64 of 128 images \( 50%\)  loss [\d.]+ .* img/s  \d+:\d\d left",
+        r"128 of 128 images \(100%\)  loss ",
+    ):
         assert re.search(line, said), said
 
     def broken_off(self, variables, stop):

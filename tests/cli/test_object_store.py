@@ -225,6 +225,7 @@ def test_two_processes_that_are_killed_while_they_generate(store, run, tmp_path,
     for process in processes:
         process.kill()
         process.communicate()
+    time.sleep(1)  # until what was under way has arrived
     store.before_upload = lambda name: None
     there = len(pictures())
     assert 20 <= there < 80
