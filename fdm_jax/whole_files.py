@@ -147,7 +147,9 @@ def write_whole(path: Path, write: Callable[[Path], Any], flush: bool = True) ->
     except OSError as error:
         if disk_full(error):
             raise
-        raise UserError(f"{path} cannot be written: {error.strerror or refusal(error) or error}.") from error
+        bucket = is_remote(path) and isinstance(error, FileNotFoundError)
+        cause = "there is no such bucket" if bucket else error.strerror or refusal(error) or error
+        raise UserError(f"{path} cannot be written: {cause}.") from error
 
 
 def write_text(path: Path, text: str) -> None:

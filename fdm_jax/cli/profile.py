@@ -3,24 +3,28 @@
   fdm profile --config=configs/edm.py:cifar10 --out=profile
   fdm profile --config=configs/edm.py:cifar10 --out=profile --what=loop --steps=100
   fdm profile --config=configs/edm.py:cifar10 --out=profile --what=sample --dtype=bfloat16 --batch-size=64
-  fdm profile --config=configs/edm.py:cifar10 --out=profile --distributed=auto     the first worker of a TPU pod
+  fdm profile --config=configs/edm.py:cifar10 --out=gs://BUCKET/profile --distributed=auto      the first worker of a TPU pod
 
 --out then holds profile.txt (what is printed), profile.json (the same, unabridged) and the trace itself, which
 TensorBoard's profile plugin and https://ui.perfetto.dev (perfetto_trace.json.gz) show.  Times are those of operations on
 the devices; the idle share is how long a device had none to run between the first and the last, and where runs can be told
 apart, how long between one run of a program and the next (waiting for the host or for data).  Of `train` and `sample`
 images are synthetic, and loading is not in it.  `loop` is what `fdm train` does, from files to logged metrics, in a
-workdir that is thrown away; only checkpoints, samples and evaluations are left out.  On NVIDIA's GPUs the operations of
-samplers, and of several steps as one program, are launched one by one here, not in CUDA graphs as otherwise, or the trace
-could not name them: a GPU may idle more.  On CPUs all threads are one device, whose operations may run beside each other,
-and tracing itself takes time, a quarter and more.
+workdir that is thrown away; only checkpoints, samples and evaluations are left out.  Of several processes the first one's
+devices are traced; for their loop, all of them must see --out, where its workdir is until it ends (``.run_N``).  On
+NVIDIA's GPUs the operations of samplers, and of several steps as one program, are launched one by one here, not in CUDA
+graphs as otherwise, or the trace could not name them: a GPU may idle more.  On CPUs all threads are one device, whose
+operations may run beside each other, and tracing itself takes time, a quarter and more.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +32,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.distributed import add_distributed_argument, joined
-from fdm_jax.cli.places import path_argument
+from fdm_jax.cli.places import place_argument
 from fdm_jax.errors import UserError, nearest
+from fdm_jax.whole_files import is_remote, remove_files, remove_folder, write_whole
 
 if TYPE_CHECKING:
     from fdm_jax.cli.bench import Case, Program
@@ -47,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fdm_jax.cli.config import add_config_argument
 
     add_config_argument(parser)
-    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="for the trace and the tables")
+    parser.add_argument(
+        "--out", type=place_argument, required=True, metavar="DIR", help="for the trace and the tables; local or gs://"
+    )
     parser.add_argument("--what", default="train", metavar="NAME", help="train, loop or sample (default: %(default)s)")
     parser.add_argument("--steps", type=int, metavar="N", help="train steps, or samplings (default: 5, of the loop 50)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="over all devices (default: the configuration's)")
@@ -65,8 +72,6 @@ def run(args: argparse.Namespace) -> int:
     if args.what not in WHAT:
         raise UserError(f"--what cannot be {args.what!r}: {nearest(args.what, WHAT)}")
     need_positive(args, "batch_size", "steps", "top")
-    if args.what == "loop" and args.distributed != "off":
-        raise UserError("--what=loop is of one process only: leave --distributed out, or give --what=train.")
     if args.what == "sample" or (args.what == "loop" and load(overriding(args)).train.steps_at_once > 1):
         launch_operations_singly()  # now, before JAX starts
     with joined(args.distributed, None, leave_when_told=True):
@@ -76,27 +81,50 @@ def run(args: argparse.Namespace) -> int:
 
 def _profile(args: argparse.Namespace) -> None:
     """Every process runs the same, and the first one traces it."""
+    from fdm_jax import profiling
+
+    with _filled(args.out) as folder:
+        traced = WHAT[args.what](args, folder)
+        if traced is None:
+            return
+        events = profiling.read_events(traced.trace)
+        summary = {"what": args.what, **traced.described}
+        summary |= profiling.summarise(events, traced.program, traced.parameters, traced.steps, top=max(args.top, 200))
+        words = render(summary, args.top) + f"\nTrace: {args.out / traced.trace.parent.relative_to(folder)}"
+        (folder / "profile.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (folder / "profile.txt").write_text(words + "\n")
+    print(words)
+
+
+@contextlib.contextmanager
+def _filled(out: Path) -> Iterator[Path]:
+    """A folder for the first process to fill: ``out`` itself, or a local one whose files are then put on gs://.
+
+    Raises:
+      UserError: ``out`` cannot be written; nothing has been compiled for it yet.
+    """
     import jax
 
-    from fdm_jax import profiling
     from fdm_jax.training.agreement import all_or_none
 
-    with all_or_none(f"The first process cannot write --out={args.out}, and says why."):
-        try:
-            if jax.process_index() == 0:
-                args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out={args.out} cannot be made: {error.strerror}.") from error
-    traced = WHAT[args.what](args)
-    if traced is None:
+    first, sign = jax.process_index() == 0, ".profile"
+    with all_or_none(f"The first process cannot write --out={out}, and says why."):
+        if first and is_remote(out):
+            write_whole(out / sign, lambda path: path.write_bytes(b""))
+            remove_files(out, [sign])
+        elif first:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--out={out} cannot be made: {error.strerror}.") from error
+    if not (first and is_remote(out)):
+        yield out
         return
-    events = profiling.read_events(traced.trace)
-    summary = {"what": args.what, **traced.described}
-    summary |= profiling.summarise(events, traced.program, traced.parameters, traced.steps, top=max(args.top, 200))
-    words = render(summary, args.top) + f"\nTrace: {traced.trace.parent}"
-    (args.out / "profile.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (args.out / "profile.txt").write_text(words + "\n")
-    print(words)
+    with tempfile.TemporaryDirectory(prefix="fdm_profile_") as name:  # JAX traces into local folders only
+        folder = Path(name)
+        yield folder
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            write_whole(out / file.relative_to(folder), functools.partial(shutil.copyfile, file))
 
 
 class Traced(NamedTuple):
@@ -117,23 +145,23 @@ class Traced(NamedTuple):
     described: dict[str, Any]
 
 
-def train(args: argparse.Namespace) -> Traced | None:
+def train(args: argparse.Namespace, folder: Path) -> Traced | None:
     """The train step."""
     from fdm_jax.cli.bench import cases, training_program
 
     (case,) = cases(args)
-    return _traced(case, training_program(case), args)
+    return _traced(case, training_program(case), args.steps, folder)
 
 
-def sample(args: argparse.Namespace) -> Traced | None:
+def sample(args: argparse.Namespace, folder: Path) -> Traced | None:
     """The sampler of 18 steps."""
     from fdm_jax.cli.bench import cases, sampling_programs
 
     (case,) = cases(args)
-    return _traced(case, sampling_programs(case, 18)[0], args)
+    return _traced(case, sampling_programs(case, 18)[0], args.steps, folder)
 
 
-def _traced(case: Case, program: Program, args: argparse.Namespace) -> Traced | None:
+def _traced(case: Case, program: Program, steps: int | None, folder: Path) -> Traced | None:
     """Of several processes, the first one's devices; None in the others."""
     import jax
 
@@ -141,9 +169,9 @@ def _traced(case: Case, program: Program, args: argparse.Namespace) -> Traced | 
 
     for _ in range(2):  # the first call sets up what later ones find
         jax.block_until_ready(program.call())
-    steps, first = args.steps or 5, jax.process_index() == 0
+    steps, first = steps or 5, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        traces = stack.enter_context(tracing(args.out)) if first else []
+        traces = stack.enter_context(tracing(folder)) if first else []
         for step in range(steps):
             with jax.profiler.StepTraceAnnotation("step", step_num=step):
                 result = program.call()
@@ -155,8 +183,8 @@ def _traced(case: Case, program: Program, args: argparse.Namespace) -> Traced | 
     return Traced(traces[0], program.compiled.as_text(), shapes, steps, described)
 
 
-def loop(args: argparse.Namespace) -> Traced:
-    """The training loop, from files to metrics."""
+def loop(args: argparse.Namespace, folder: Path) -> Traced | None:
+    """The training loop, from files to metrics; None in all processes but the first."""
     import jax
 
     from fdm_jax.ahead import lower_step
@@ -176,9 +204,9 @@ def loop(args: argparse.Namespace) -> Traced:
     source = open_data(config)
     experiment = Experiment.from_config(config, source.spec)
     lowered = lower_step(experiment, jax.devices(), steps_together(experiment))  # raises what it cannot do at once
-    traces: list[list[Path]] = []
+    first, traces = jax.process_index() == 0, list[list[Path]]()
     ends: list[int] = []  # of what is traced, in steps
-    with tempfile.TemporaryDirectory(prefix="fdm_profile_") as workdir, contextlib.ExitStack() as stack:
+    with _thrown_away(args.out) as workdir, contextlib.ExitStack() as stack:
 
         def watch(step: int) -> None:
             if ends and step >= ends[0] + steps:
@@ -187,16 +215,44 @@ def loop(args: argparse.Namespace) -> Traced:
                 raise _Enough
             if step >= warm_up and not ends:
                 ends.append(step)
-                traces.append(stack.enter_context(tracing(args.out)))
+                if first:
+                    traces.append(stack.enter_context(tracing(folder)))
 
         with contextlib.suppress(_Enough):
-            train(experiment, source, Path(workdir) / "run", watch)
+            train(experiment, source, workdir, watch)
             raise KeyboardInterrupt  # which the loop keeps to itself; nothing else ends it so early
     network, spec = experiment.network, experiment.spec
     shapes = parameter_shapes(network, spec, experiment.image_shape)
-    text = lowered.compile().as_text()
+    text = lowered.compile().as_text()  # by all: on GPUs they share out the timing of kernels
+    if not first:
+        return None
     # Of several steps as one program, there are whole programs in the trace, and perhaps more steps than asked for.
     return Traced(traces[0][0], text, shapes, ends[1] - ends[0], describe(args.config, network, spec))
+
+
+@contextlib.contextmanager
+def _thrown_away(out: Path) -> Iterator[Path]:
+    """A workdir for as long as the block takes.
+
+    Raises:
+      UserError: of several processes, which have their workdir in ``out``, one sees another folder there.
+    """
+    import jax
+
+    from fdm_jax.training.agreement import check_shared, of_the_first
+
+    if jax.process_count() == 1:
+        with tempfile.TemporaryDirectory(prefix="fdm_profile_") as folder:
+            yield Path(folder) / "run"
+        return
+    check_shared(out)
+    (number,) = of_the_first([secrets.randbelow(2**31)])
+    workdir = out / f".run_{number}"
+    try:
+        yield workdir
+    finally:
+        if jax.process_index() == 0 and workdir.exists():
+            remove_folder(workdir)
 
 
 class _Enough(Exception):

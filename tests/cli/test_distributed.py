@@ -343,11 +343,11 @@ def test_speed_of_two_processes(what):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["train", "sample"])
-def test_profile_of_two_processes(tmp_path, what):
+@pytest.mark.parametrize(("what", "out"), [("train", "HOST"), ("sample", "HOST"), ("loop", "0")])
+def test_profile_of_two_processes(data_dir, tmp_path, what, out):
     """The first one's, which all the others run with."""
-    arguments = [f"--config={tiny.CONFIG}", *tiny.OVERRIDES, f"--what={what}", "--steps=2", f"--out={tmp_path}/HOST"]
-    said = finish(start_all(["profile", *arguments], 2, devices=2), [0, 0])
+    arguments = ["profile", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, data_dir, f"--what={what}", "--steps=2"]
+    said = finish(start_all([*arguments, f"--out={tmp_path}/{out}"], 2, devices=2), [0, 0])
     assert "Of 2 processes, this is the first one with its devices." in said[0] and "Of 2" not in said[1]
     assert {path.name for path in (tmp_path / "0").iterdir()} == {"plugins", "profile.json", "profile.txt"}
     assert not (tmp_path / "1").exists()
@@ -355,7 +355,17 @@ def test_profile_of_two_processes(tmp_path, what):
     assert (summary["devices"], summary["processes"], summary["steps"]) == (4, 2, 2)
     kinds = {row["name"] for row in summary["categories"]}
     assert "convolution" in kinds and "not in the program" not in kinds
-    assert any("all-reduce" in row["operation"] for row in summary["operations"]) == (what == "train")
+    assert any("all-reduce" in row["operation"] for row in summary["operations"]) == (what != "sample")
+
+
+@pytest.mark.slow
+def test_profile_of_a_loop_whose_processes_do_not_share_the_output(data_dir, tmp_path):
+    arguments = ["profile", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, data_dir, "--what=loop"]
+    for said in finish(start_all([*arguments, f"--out={tmp_path}/HOST"], 2), [2, 2]):
+        assert (
+            f"{tmp_path}/" in said and "is another folder for process 1 than for process 0: give one that all" in said
+        )
+    assert not list(tmp_path.glob("*/.run_*"))
 
 
 TOLD_IN_C = """

@@ -1,5 +1,6 @@
 """A workdir in a bucket is like a local one: bit for bit, through a kill in the middle of a save and damage."""
 
+import gzip
 import io
 import json
 import time
@@ -243,6 +244,22 @@ def test_two_processes_that_are_killed_while_they_generate(store, run, tmp_path,
     assert np.abs(np.asarray(made, int) - images).max() <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_profile_of_a_loop(store, data_dir, tmp_path, processes):
+    """What it leaves there is what it leaves in a local folder, and nothing of the run whose loop it was."""
+    where = f"profile_{processes}"
+    arguments = ["profile", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, data_dir, "--what=loop", "--steps=2"]
+    said = finish(start_all([*arguments, f"--out=gs://bucket/{where}"], processes, devices=2), [0] * processes)
+    made = fetch(store, where, tmp_path)
+    assert {path.name for path in made.iterdir()} == {"plugins", "profile.json", "profile.txt"}
+    (trace,) = made.glob("plugins/profile/*/*.xplane.pb")
+    assert f"Trace: gs://bucket/{trace.parent.relative_to(tmp_path)}" in said[0]
+    assert gzip.decompress(trace.with_name("perfetto_trace.json.gz").read_bytes()).endswith(b"}")
+    summary = json.loads((made / "profile.json").read_text())
+    assert (summary["what"], summary["processes"], summary["steps"]) == ("loop", processes, 2)
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -255,6 +272,10 @@ def test_two_processes_that_are_killed_while_they_generate(store, run, tmp_path,
         (
             ["generate", "--workdir=gs://bucket/short", "--out=gs://elsewhere/a.png"],
             "gs://elsewhere/a.png.parts cannot be written: there is no such bucket.",
+        ),
+        (
+            ["profile", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, "--out=gs://elsewhere/profile"],
+            "gs://elsewhere/profile/.profile cannot be written: there is no such bucket.",
         ),
     ],
 )

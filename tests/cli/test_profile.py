@@ -57,7 +57,6 @@ def test_words(profiled):
         ("--what=training", "--what cannot be 'training': did you mean 'train'?"),
         ("--steps=0", "--steps must be 1 or more, and is 0."),
         ("--out=/dev/null/profile", "--out=/dev/null/profile cannot be made: Not a directory."),
-        ("--what=loop --distributed=localhost:1,1,0", "--what=loop is of one process only: leave --distributed out"),
         ("--what=loop --config.parallel=pmap", "parallel=pmap compiles for the devices of this process only"),
     ],
 )
