@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 from conftest import enable_x64, needs_devices, nhwc
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from fdm_jax.devices import make_mesh
 from fdm_jax.errors import UserError
@@ -17,6 +19,7 @@ from fdm_jax.interop.state_dict import from_torch
 from fdm_jax.momentum import Momentum
 from fdm_jax.networks import SongUNet
 from fdm_jax.training import parallel as parallel_module
+from fdm_jax.training.axis import WHOLE, Axis
 from fdm_jax.training.parallel import parallelise
 from fdm_jax.training.schedules import ema_beta, images_after, learning_rate
 from fdm_jax.training.step import (
@@ -233,6 +236,20 @@ def test_a_dealt_state_equals_a_whole_one(reference_run, monkeypatch):
     assert held < 0.35 * sum(leaf.size for leaf in jax.tree.leaves(state))
     moment = state.opt_state[0].mu["enc_8x8_block0"]["conv0"]["kernel"]
     assert {shard.data.shape for shard in moment.addressable_shards} == {(3, 3, 1, 4)}
+
+
+@needs_devices(4)
+def test_a_number_of_each_parameter_counts_once():
+    """fsdp: those of a dealt parameter's parts, and the one that all devices have of a whole one."""
+    axis = Axis("devices", {"dealt": 0, "whole": WHOLE})
+    mesh = jax.make_mesh((4,), ("devices",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    count = jax.shard_map(
+        lambda dealt, whole: axis.total({"dealt": dealt.sum(), "whole": whole.sum()}),
+        mesh=mesh,
+        in_specs=(P("devices"), P()),
+        out_specs=P(),
+    )
+    assert count(jnp.arange(8), jnp.arange(100, 103)) == 28 + 303
 
 
 @needs_devices(4)
