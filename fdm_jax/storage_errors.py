@@ -41,6 +41,8 @@ _REMEDIES = {
     errno.EMFILE: _OPEN,
     errno.ENFILE: _OPEN,
     errno.EFBIG: "let files be larger (`ulimit -f`), or take another disk",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "its links lead in a circle, mend them or give another place",
 }
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
 

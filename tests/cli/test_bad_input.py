@@ -288,6 +288,22 @@ def test_a_current_folder_that_was_deleted(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("fdm plan: The current folder is there no more: ")
 
 
+@pytest.mark.parametrize(
+    "arguments", [["plan", "--config=LONG"], ["generate", "--workdir=LONG", "--out=a.png"], tiny.arguments("LONG")]
+)
+def test_a_name_that_is_too_long(arguments, capsys):
+    assert main([argument.replace("LONG", "x" * 300) for argument in arguments]) == 2
+    said = capsys.readouterr().err
+    assert "File name too long" in said and len(said.splitlines()) == 1
+
+
+def test_links_in_a_circle(tmp_path, capsys):
+    (tmp_path / "a").symlink_to(tmp_path / "a")
+    assert main(["report", f"--workdir={tmp_path}/a", f"--out={tmp_path}/page.html"]) == 2
+    said = capsys.readouterr().err
+    assert "its links lead in a circle" in said and len(said.splitlines()) == 1
+
+
 def test_a_workdir_whose_name_is_not_utf_8(tmp_path, capsys):
     """It is refused before anything is compiled: TensorStore would refuse it at the first save."""
     workdir = tmp_path / os.fsdecode(b"caf\xe9")
