@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NamedTuple, NoReturn, TextIO
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -154,46 +154,81 @@ def missing(program: str, error: OSError) -> Refusal:
     return Refusal(f"There is no {program!r} on the path: install it, or give --dry-run.")
 
 
-def newest_checkpoint(workdir: str | None) -> int | None:
-    """The step of the newest checkpoint in a run's workdir, local or gs://; None if there is none or nobody can say."""
-    if workdir is None:
-        return None
-    if workdir.startswith("gs://"):
-        listing = ["gcloud", "storage", "ls", f"{workdir.rstrip('/')}/checkpoints/"]
-        try:
-            listed = run(listing, capture_output=True, timeout=300)
-        except (Refusal, subprocess.TimeoutExpired):
-            return None
-        names = re.findall(r"/checkpoints/(\d+)/", listed.stdout)
-    else:
-        try:
-            names = os.listdir(Path(workdir) / "checkpoints")
-        except OSError:  # there is none; or its file server is away, which may be why the run ended
-            return None
-    return max((int(name) for name in names if name.isdecimal()), default=None)
+# Names of what an fdm command keeps: 4000, 000063.png, 000004096.npz; not those of what is still being written.
+KEPT = r"([0-9]+)(\.png|\.npz)?"
+
+
+class Kept(NamedTuple):
+    """What an fdm command keeps on its way, and does not make again after a stop.
+
+    Attributes:
+      noun: what it is called.
+      folder: local or gs://, without a slash at its end.
+      below: folders between that one and what is kept, with a slash at their end; may have a ``*``.
+    """
+
+    noun: str
+    folder: str
+    below: str = ""
+
+    def listing(self) -> str:
+        """A shell's command that lists it."""
+        if self.folder.startswith("gs://"):
+            return shlex.join(["gcloud", "storage", "ls", self._objects()])
+        return f"ls {shlex.quote(f'{self.folder}/')}{self.below}"
+
+    def _objects(self) -> str:
+        return f"{self.folder}/{self.below}*" if self.below else f"{self.folder}/"
+
+    def progress(self) -> tuple[int, int] | None:
+        """How many there are, and the last one's number; None if there is none or nobody can say."""
+        if self.folder.startswith("gs://"):
+            try:
+                listed = run(["gcloud", "storage", "ls", self._objects()], capture_output=True, timeout=300)
+            except (Refusal, subprocess.TimeoutExpired):
+                return None
+            names = [line.rstrip("/").rpartition("/")[2] for line in listed.stdout.splitlines()]
+        else:
+            try:
+                names = [path.name for path in Path(self.folder).glob(f"{self.below}*")]
+            except OSError:  # its file server is away, which may be why the run ended
+                return None
+        numbers = [int(found[1]) for name in names if (found := re.fullmatch(KEPT, name))]
+        return (len(numbers), max(numbers)) if numbers else None
+
+
+def kept(command: Sequence[str]) -> Kept:
+    """What an fdm command keeps."""
+    workdir, out = ((option(command, name) or "").rstrip("/") for name in ("workdir", "out"))
+    if command[0] == "generate":
+        return Kept("picture", f"{out}.parts" if Path(out).suffix in (".png", ".npz") else out)
+    if command[0] == "evaluate":
+        # Without a workdir they are in the folder where it was started.
+        return Kept("piece", out, "features/") if out else Kept("piece", f"{workdir or '.'}/evaluations", "*/features/")
+    return Kept("checkpoint", f"{workdir}/checkpoints")
 
 
 @dataclasses.dataclass
 class Restarts:
     """Decides whether a run that ended is started again.
 
-    After code 75, as long as there is a newer checkpoint than at the last start, or else ``limit`` times in a row.
-    After a crash ``limit`` times, counted anew when there is a newer checkpoint, waiting twice as long each time.  After
-    codes 2 and 130 never.
+    After code 75, as long as something new is kept (a checkpoint, a picture) since the last start, or else ``limit`` times
+    in a row.  After a crash ``limit`` times, counted anew when something new is kept, waiting twice as long each time.
+    After codes 2 and 130 never.
 
     Attributes:
       limit: see above.
       backoff: seconds to wait after the first crash.
-      progress: gives the step of the newest checkpoint, or None.
+      kept: what the run keeps.
     """
 
     limit: int
     backoff: float
-    progress: Callable[[], int | None]
+    kept: Kept
 
     def __post_init__(self) -> None:
         self._crashes = self._idle = 0
-        self._seen = self.progress()
+        self._seen = self.kept.progress()
 
     def after(self, code: int) -> tuple[float | None, str]:
         """(seconds to wait before the next start, or None to give up; the reason in words)."""
@@ -201,20 +236,20 @@ class Restarts:
             return None, "code 2 is something to mend first"
         if code == INTERRUPTED:
             return None, "code 130 is Ctrl-C's"
-        newest = self.progress()
-        if moved := newest is not None and newest != self._seen:
+        found, new = self.kept.progress(), f"new {self.kept.noun}"
+        if moved := found is not None and found != self._seen:
             self._crashes = self._idle = 0
-            self._seen = newest
+            self._seen = found
         if code == RESTART:
             self._idle += not moved
             if self._idle > self.limit:
-                return None, f"{self._idle} starts in a row brought no new checkpoint"
+                return None, f"{self._idle} starts in a row brought no {new}"
             return 0.0, "code 75 asks for it"
         self._crashes += 1
         if self._crashes > self.limit:
             return (
                 None,
-                f"crash {self._crashes} without a new checkpoint in between, and --max-restarts is {self.limit}",
+                f"crash {self._crashes} without a {new} in between, and --max-restarts is {self.limit}",
             )
         return min(300.0, self.backoff * 2 ** (self._crashes - 1)), f"restart {self._crashes} of at most {self.limit}"
 

@@ -37,10 +37,9 @@ from common import (
     Restarts,
     default_fdm,
     finish,
+    kept,
     need_command,
     need_positive,
-    newest_checkpoint,
-    option,
     parse,
     parser,
     say,
@@ -68,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     made.add_argument("--gpus", metavar="0,1,...", help="deal these GPUs out to the processes")
     made.add_argument("--devices-per-process", type=int, metavar="M", help="of fake CPU devices, instead of GPUs")
     made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after crashes, and after code 75, in a "
-                      "row that brings no new checkpoint (default: %(default)s)")  # fmt: skip
+                      "row that brings nothing new, such as a checkpoint (default: %(default)s)")  # fmt: skip
     made.add_argument("--backoff", type=seconds, default=5, metavar="SECONDS", help="wait so long after the first crash, "
                       "then twice as long each time (default: %(default)s)")  # fmt: skip
     made.add_argument("--grace", type=seconds, default=120, metavar="SECONDS", help="what processes get to save before "
@@ -95,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
         return DONE
 
     group = Group(args.grace)
-    restarts = Restarts(args.max_restarts, args.backoff, lambda: newest_checkpoint(option(command, "workdir")))
+    restarts = Restarts(args.max_restarts, args.backoff, kept(command))
     while True:
         code = group.run(commands(), environments)
         if code == DONE or group.told:

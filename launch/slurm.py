@@ -22,12 +22,13 @@ from pathlib import Path
 
 from common import (
     DONE,
+    KEPT,
     Refusal,
     default_fdm,
     finish,
+    kept,
     need_command,
     need_positive,
-    option,
     parse,
     parser,
     run,
@@ -52,8 +53,8 @@ def main(argv: Sequence[str]) -> int:
                       "such as --setup='module load cuda'; may be repeated")  # fmt: skip
     made.add_argument("--save-seconds", type=int, default=180, metavar="S", help="before the time limit, to save "
                       "(default: %(default)s)")  # fmt: skip
-    made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="requeues in a row that brings no new "
-                      "checkpoint (default: %(default)s)")  # fmt: skip
+    made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="requeues in a row that brings nothing "
+                      "new, such as a checkpoint (default: %(default)s)")  # fmt: skip
     made.add_argument("--script", default="fdm.sbatch", metavar="FILE", help="to write (default: %(default)s)")
     made.add_argument("--fdm", type=shell_words, default=default_fdm(), metavar="COMMAND", help="the fdm to run "
                       "(default: %(default)s)")  # fmt: skip
@@ -93,13 +94,13 @@ def script(args: argparse.Namespace, command: Sequence[str]) -> str:
         "--output=%x-%j.log",
         *args.sbatch,
     ]
-    folder = f"{(option(command, 'workdir') or '').rstrip('/')}/checkpoints/"
-    listing = ["gcloud", "storage", "ls", folder] if folder.startswith("gs://") else ["ls", folder]
     fdm = shlex.join([*args.fdm, *command, "--distributed=auto"])
     setup = "".join(f"{line}\n" for line in args.setup)
     return TEMPLATE.format(
         options="\n".join(f"#SBATCH {given}" for given in options),
-        listing=shlex.join(listing),
+        listing=kept(command).listing(),
+        names=KEPT,
+        noun=kept(command).noun,
         limit=args.max_restarts,
         setup=setup,
         cpus=args.cpus_per_gpu,
@@ -119,11 +120,16 @@ TEMPLATE = """\
 # Where a GPU does not start, JAX would else go on with the CPU.
 export JAX_PLATFORMS="${{JAX_PLATFORMS:-cuda,cpu}}"
 
-newest() {{ {listing} 2> /dev/null | sed 's,/$,,; s,.*/,,' | grep -x '[0-9]*' | sort -n | tail -n 1; }}
+# What the run has kept: how many, and the last one.
+progress() {{
+  local names
+  names=$({listing} 2> /dev/null | sed 's,/$,,; s,.*/,,' | grep -xE '{names}' | sort -n)
+  [ -z "$names" ] || echo "$(wc -l <<< "$names") ${{names##*$'\\n'}}"
+}}
 
 # Slurm's own SLURM_RESTART_COUNT also counts the stays that ended at the limit of time.
 counts=$SLURM_JOB_NAME-$SLURM_JOB_ID.restarts
-crashes=0 # since there was a new checkpoint
+crashes=0 # since there was a new {noun}
 idle=0 # stays that ended with code 75, and brought none, in a row
 [ -e "$counts" ] && read -r crashes idle < "$counts"
 
@@ -139,17 +145,17 @@ give_up() {{
   rm -f "$counts"
 }}
 
-before=$(newest)
+before=$(progress)
 srun --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait={wait} {fdm}
 code=$?
-after=$(newest)
+after=$(progress)
 moved=0
 if [ -n "$after" ] && [ "$after" != "$before" ]; then moved=1 crashes=0 idle=0; fi
 case $code in
   0 | 2 | 130) rm -f "$counts" ;; # 130: by Ctrl-C, or --signal=INT, without saving
   75)
     idle=$((idle + 1 - moved))
-    if [ "$idle" -le {limit} ]; then requeue "saved"; else give_up "no new checkpoint in $idle stays"; fi
+    if [ "$idle" -le {limit} ]; then requeue "saved"; else give_up "no new {noun} in $idle stays"; fi
     ;;
   *)
     crashes=$((crashes + 1))

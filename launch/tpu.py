@@ -38,8 +38,8 @@ from common import (
     Refusal,
     Restarts,
     finish,
+    kept,
     need_command,
-    newest_checkpoint,
     option,
     parse,
     parser,
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
                       "such as --create-flag=--service-account=NAME; may be repeated")  # fmt: skip
     made.add_argument("--worker", default="0", help="whose log `tail` shows (default: %(default)s)")
     made.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after crashes, and after preemptions, "
-                      "in a row that brings no new checkpoint (default: %(default)s)")  # fmt: skip
+                      "in a row that brings nothing new, such as a checkpoint (default: %(default)s)")  # fmt: skip
     made.add_argument(
         "--poll", type=seconds, default=60, metavar="SECONDS", help="between looks (default: %(default)s)"
     )
@@ -244,8 +244,7 @@ class Train:
         self._created = self._granted = False  # the slice: by this program, and now
         self._seen_running = self._ending = False  # the command
         self._said = self._shown = ""  # last, by this program and of the log
-        workdir = option(command, "workdir")
-        self._restarts = Restarts(args.max_restarts, 0, lambda: newest_checkpoint(workdir))
+        self._restarts = Restarts(args.max_restarts, 0, kept(command))
 
     def __call__(self) -> int:
         try:

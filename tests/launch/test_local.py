@@ -52,7 +52,7 @@ for deed in deeds:
         while len(list(stage.glob(f"ready-*-{attempt}"))) < int(total):
             time.sleep(0.02)
     elif name == "save":
-        (stage / "runs" / "checkpoints" / str(attempt + 1)).mkdir(parents=True)
+        (stage / value.replace("N", str(attempt + 1))).mkdir(parents=True)
 """
 
 
@@ -194,15 +194,36 @@ def test_code_75_without_progress_ends(local):
 
 
 @pytest.mark.parametrize("code", [75, 1])
-def test_with_progress_it_goes_on(local, code):
-    (local.folder / "runs" / "checkpoints" / "tmp").mkdir(parents=True)
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [
+        ("train --workdir runs", "runs/checkpoints/N"),
+        ("generate --workdir=runs --out=a/b/", "a/b/00000N.png"),
+        ("generate --workdir=runs --out=c.npz", "c.npz.parts/00000N.png"),
+        ("evaluate --workdir=runs --ref=r.npz", "runs/evaluations/abc/features/00000N.npz"),
+        ("evaluate --images=i --ref=r.npz", "evaluations/abc/features/00000N.npz"),
+        ("evaluate --images=i --out=d", "d/features/00000N.npz"),
+    ],
+)
+def test_with_progress_it_goes_on(local, command, kept, code):
+    (local.folder / kept).with_name("tmp").mkdir(parents=True)
     program = FDM.replace(
         '"exit":', f'"last":\n        os._exit(0 if attempt == 3 else {code})\n    elif name == "exit":'
     )
     local.program("fdm", program)
-    arguments = ("--max-restarts=1", *local.fast, "--", "train", "--workdir", "runs")
-    done = local.run("local", *arguments, "0:save", "0:last")
+    done = local.run("local", "--max-restarts=1", *local.fast, "--", *command.split(), f"0:save={kept}", "0:last")
     assert done.returncode == 0 and local.starts() == 4
+
+
+def test_one_that_is_still_being_written_is_no_progress(local):
+    arguments = ("--max-restarts=1", *local.fast, "--", "train", "--workdir=runs")
+    done = local.run("local", *arguments, "0:save=runs/checkpoints/N.orbax-checkpoint-tmp", "0:exit=75")
+    assert done.returncode == 75 and local.starts() == 2
+
+
+def test_pictures_that_are_not_made_end_it(local):
+    done = local.run("local", "--max-restarts=0", *local.fast, "--", "generate", "--out=a", "0:exit=75")
+    assert done.returncode == 75 and "not started again: 1 starts in a row brought no new picture." in done.stderr
 
 
 def test_code_2_is_not_restarted(local):

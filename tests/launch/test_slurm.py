@@ -31,7 +31,7 @@ SRUN = (
 
 JOB = {"SLURM_JOB_NAME": "fdm", "SLURM_JOB_ID": "42"}
 
-# The file "code" is how srun ends; "75 1000" leaves the checkpoint 1000 first.
+# The file "code" is how srun ends; "75 1000" leaves the checkpoint 1000 first, and "75 a/b" what is so called.
 PROGRAM = r"""
 import os, pathlib, sys
 stage, name = pathlib.Path(os.environ["STAGE"]), pathlib.Path(sys.argv[0]).name
@@ -41,7 +41,7 @@ if name == "srun":
     assert os.environ["JAX_PLATFORMS"] == "cuda,cpu"
     code, _, saved = (stage / "code").read_text().strip().partition(" ")
     if saved:
-        (stage / "runs" / "my run" / "checkpoints" / saved).mkdir(parents=True)
+        (stage / saved if "/" in saved else stage / "runs" / "my run" / "checkpoints" / saved).mkdir(parents=True)
     sys.exit(int(code))
 if name == "sbatch" and "rejected" in sys.argv[1]:
     sys.exit(1)
@@ -119,12 +119,47 @@ def test_a_job_whose_restarts_cannot_be_counted_is_not_queued_again(slurm):
     assert "not queued again: saved, and the file fdm-42.restarts cannot be written." in job.stdout
 
 
-def test_checkpoints_in_a_bucket_are_seen(slurm):
-    listed = "print('gs://b/run/checkpoints/' + str(len(open(os.environ['STAGE'] + '/calls').readlines())) + '/')"
+@pytest.mark.parametrize(
+    ("command", "kept", "noun"),
+    [
+        (["generate", "--workdir=w", "--out=my images"], "my images/00000N.png", "picture"),
+        (["evaluate", "--workdir=my run"], "my run/evaluations/abc/features/00000N.npz", "piece"),
+    ],
+)
+def test_what_other_commands_keep_counts(slurm, command, kept, noun):
+    """As long as something comes, the job goes on."""
+    slurm.run("slurm", "--max-restarts=1", "--fdm=fdm", "--", *command)
+    # The second one comes behind the first: there are more, and the last is the same.
+    for saved, said in (
+        ("5", "is queued"),
+        ("4", "is queued"),
+        ("7", "is queued"),
+        ("", "is queued"),
+        ("", "not queued"),
+    ):
+        (slurm.folder / "code").write_text(f"75 {kept.replace('N', saved)}" if saved else "75")
+        job = subprocess.run(
+            ["bash", "fdm.sbatch"], cwd=slurm.folder, text=True, capture_output=True, env=slurm.env | JOB
+        )
+        assert said in job.stdout and not job.stderr
+    assert f"not queued again: no new {noun} in 2 stays." in job.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "asked", "listed"),
+    [
+        (["train", "--workdir=gs://b/run/"], "gs://b/run/checkpoints/", "gs://b/run/checkpoints/N/"),
+        (["generate", "--out=gs://b/a.npz"], "gs://b/a.npz.parts/", "gs://b/a.npz.parts/N.png"),
+        (["evaluate", "--workdir=gs://b/run"], "gs://b/run/evaluations/*/features/*", "gs://b/run/evaluations/x/features/N.npz"),
+    ],
+)  # fmt: skip
+def test_what_is_kept_in_a_bucket_is_seen(slurm, command, asked, listed):
+    calls = "str(len(open(os.environ['STAGE'] + '/calls').readlines()))"
     slurm.program(
-        "gcloud", f"import os, sys\nassert sys.argv[1:] == ['storage', 'ls', 'gs://b/run/checkpoints/']\n{listed}\n"
+        "gcloud",
+        f"import os, sys\nassert sys.argv[1:] == ['storage', 'ls', {asked!r}]\nprint({listed!r}.replace('N', {calls}))\n",
     )
-    slurm.run("slurm", "--max-restarts=1", "--fdm=fdm", "--", "train", "--workdir=gs://b/run/")
+    slurm.run("slurm", "--max-restarts=1", "--fdm=fdm", "--", *command)
     (slurm.folder / "code").write_text("75")
     for _ in range(3):
         job = subprocess.run(
