@@ -191,12 +191,12 @@ def loop(args: argparse.Namespace, folder: Path) -> Traced | None:
     from fdm_jax.cli.bench import describe, overriding
     from fdm_jax.cli.config import load
     from fdm_jax.experiment import Experiment, open_data
-    from fdm_jax.training.loop import PROGRAMS_IN_FLIGHT, steps_together, train
+    from fdm_jax.training.loop import steps_together, train
 
     config = load(overriding(args))
     steps = args.steps or 50
     at_once = config.train.steps_at_once
-    warm_up = max(LOOP_WARM_UP, (PROGRAMS_IN_FLIGHT + 1) * at_once)  # until as many are under way as ever
+    warm_up = max(LOOP_WARM_UP, 2 * at_once)
     images = config.train.batch_size * (warm_up + steps + 2 * at_once)
     config.update_from_flattened_dict({
         "train.images": images, "checkpoint.every_images": images, "samples.every_images": 0, "eval.every_images": 0,
@@ -208,13 +208,16 @@ def loop(args: argparse.Namespace, folder: Path) -> Traced | None:
     ends: list[int] = []  # of what is traced, in steps
     with _thrown_away(args.out) as workdir, contextlib.ExitStack() as stack:
 
-        def watch(step: int) -> None:
+        def watch(step: int, state: Any) -> None:
             if ends and step >= ends[0] + steps:
                 ends.append(step)
-                stack.close()  # as many programs are under way as at the beginning: it has all that it should have
+                jax.block_until_ready(state)
+                stack.close()
                 raise _Enough
             if step >= warm_up and not ends:
                 ends.append(step)
+                # To begin takes a while, in which some of what is under way would be done, and nobody knows how much.
+                jax.block_until_ready(state)
                 if first:
                     traces.append(stack.enter_context(tracing(folder)))
 

@@ -68,7 +68,9 @@ def _evaluator(experiment: Experiment, mesh: jax.sharding.Mesh) -> Evaluator | N
     return Evaluator(experiment, mesh) if experiment.config.eval.every_images else None
 
 
-def train(experiment: Experiment, source: Source, workdir: Path, watch: Callable[[int], None] | None = None) -> bool:
+def train(
+    experiment: Experiment, source: Source, workdir: Path, watch: Callable[[int, Any], None] | None = None
+) -> bool:
     """Train, or go on training, in a workdir.
 
     Writes ``config.json``, ``parameters.txt``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``samples/*.png``,
@@ -79,7 +81,8 @@ def train(experiment: Experiment, source: Source, workdir: Path, watch: Callable
       experiment: what to train.
       source: the data.
       workdir: made if it is not there.
-      watch: for profilers; called with the number of steps so far each time that some were sent to the devices.
+      watch: for profilers; called each time that steps were sent to the devices, with their number so far and the state
+        after them, which is ready when they are done.
 
     Several processes call it alike, with a workdir that all of them see.
 
@@ -154,7 +157,7 @@ class _Run:
         together = self.config.train.steps_at_once  # whatever the platform, so that a run may move
         return max(round(images / self.batch_size / together), 1) * together
 
-    def train(self, watch: Callable[[int], None] | None = None) -> bool:
+    def train(self, watch: Callable[[int, Any], None] | None = None) -> bool:
         self._begin()
         with stop_requests() as stop, self._closing() as closing:
             closing.enter_context(self.watchdog)  # the last to end
@@ -174,7 +177,7 @@ class _Run:
                 self.meter.wait(PROGRAMS_IN_FLIGHT)
                 self.progress.advance(self.nimg)
                 if watch is not None:
-                    watch(self.step)
+                    watch(self.step, self.state)
                 stopping = stop.after(programs)
                 if self._due(self.log_steps) or stopping:
                     self._report()

@@ -86,6 +86,8 @@ def test_loop(tmp_path, capsys, monkeypatch, at_once, steps):
     named = sum(row["share"] for row in summary["categories"] if row["name"] != "not in the program")
     assert named > 0.99
     assert {"forward", "backward", "recomputed"} <= {row["name"] for row in summary["passes"]}
+    # Whole steps, however long it took to begin to trace them: each of the eight devices ran each operation once in each.
+    assert {row["runs"] for row in summary["operations"] if row["category"] == "convolution"} == {8}
     printed = capsys.readouterr()
     assert "First step done" in printed.err and "of operations per step of 8 images" in printed.out
     assert {path.name for path in tmp_path.iterdir()} == {"plugins", "profile.json", "profile.txt"}
