@@ -49,6 +49,8 @@ from common import (
     verdict,
 )
 
+MOST = 1024  # processes; far more than anybody has use for, and few enough to start
+
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 POLL = 0.1  # seconds
 # Told the numbers of the launcher's processes, it waits for its end.  Linux's own way (PR_SET_PDEATHSIG) may send SIGTERM
@@ -114,6 +116,8 @@ def count_processes(args: argparse.Namespace) -> int:
     Raises:
       Refusal: they contradict each other.
     """
+    if (args.processes or 1) > MOST:
+        raise Refusal(f"--processes can be {MOST} at most, on one machine, and is {args.processes}.")
     if args.gpus is None:
         return args.processes or 1
     gpus = args.gpus.split(",")
