@@ -231,10 +231,12 @@ def _code_of(error: Exception) -> int:
 def _leave_out_echoes(unraisable: Any) -> None:
     """Report an error that nobody can catch, as Python does, but for echoes of one that is reported.
 
-    Where one write of many fails, such as on a full disk, the others find that nobody waits for them any more: a traceback
-    each, hundreds in all.
+    Where one write of many fails, such as on a full disk, or one read, of a damaged checkpoint, the others find that nobody
+    waits for them any more: a traceback each, hundreds in all.
     """
-    if str(unraisable.exc_value) != "Event loop is closed":
+    if not str(unraisable.exc_value).startswith(
+        ("Event loop is closed", "Encountered error while reading array index")
+    ):
         sys.__unraisablehook__(unraisable)
 
 

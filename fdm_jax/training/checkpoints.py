@@ -56,6 +56,13 @@ class _One(policies.PreservationPolicy):
         return [step == kept for step in steps]
 
 
+def _in_a_line(error: BaseException) -> str:
+    """What went wrong first, without the pages that Orbax adds of how TensorStore was called."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:200]
+
+
 class _Unreadable(Exception):
     """A checkpoint that cannot be read; the message says why."""
 
@@ -218,7 +225,7 @@ class Checkpoints:
             try:
                 parts = self._read(step, model=model, train=train)
             except _Unreadable as error:
-                unreadable[step] = " ".join(str(error).split())[:200]
+                unreadable[step] = str(error)
                 log.warning("The checkpoint of step %d is damaged (%s); trying the one before.", step, unreadable[step])
                 continue
             if unreadable and not self._read_only:
@@ -280,7 +287,7 @@ class Checkpoints:
         except Exception as error:  # Orbax, TensorStore and JSON each have their own
             if system_fails(error):
                 raise  # the checkpoint may be whole
-            parts, cause = None, str(error)
+            parts, cause = None, _in_a_line(error)
         if not in_all(parts is not None):
             raise _Unreadable(cause)
         assert parts is not None

@@ -342,6 +342,9 @@ def test_writes_that_a_failed_save_leaves_behind_are_not_reported(monkeypatch):
     with pytest.raises(RuntimeError) as echo:
         loop.call_soon_threadsafe(print)
     Failing(echo.value)
+    Failing(
+        Exception("Encountered error while reading array index: (slice(0, 3, 1),). See full TensorStore details: ...")
+    )
     Failing(RuntimeError("another one"))
     assert reported == ["another one"]
 

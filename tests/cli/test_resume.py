@@ -15,6 +15,7 @@ from cli.conftest import assert_same_end, checkpoint, nothing_left_on_devices, r
 from fdm_jax.cli.main import main
 from fdm_jax.evaluation.denoising import DenoisingError
 from fdm_jax.training import loop, parallel
+from fdm_jax.training.checkpoints import Checkpoints
 
 
 def test_resumed_run_equals_uninterrupted_run(straight_run, data_dir, tmp_path):
@@ -185,6 +186,17 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(straight_run, data_dir,
     assert (workdir / "checkpoints" / "damaged" / "20").is_dir()
     assert_same_end(workdir, straight_run, 20)
     assert rows(workdir) == rows(straight_run)
+
+
+def test_what_is_damaged_is_said_in_a_line(straight_run, tmp_path, caplog):
+    """Where Orbax has pages."""
+    workdir = shutil.copytree(straight_run, tmp_path / "run")
+    for path in (workdir / "checkpoints" / "20" / "model").glob("ocdbt.process_*/d/*"):
+        path.write_bytes(b"")
+    step, *_ = Checkpoints(workdir / "checkpoints", read_only=True).restore_model()
+    (said,) = caplog.messages
+    assert step == 16 and "The checkpoint of step 20 cannot be read: " in said
+    assert "\n" not in said and "Encountered" not in said and len(said) < 300
 
 
 def test_checkpoint_that_storage_does_not_give_is_not_damaged(straight_run, data_dir, tmp_path, monkeypatch, capsys):
