@@ -47,6 +47,23 @@ def test_the_compiled_step_alone_says_nothing_of_the_speed(clock):
     assert "img_per_s" not in meter.row()
 
 
+def test_what_the_devices_still_do_before_a_pause_is_training(clock):
+    """A checkpoint is saved when the steps are through, which were sent to the devices long before."""
+
+    def through(given):
+        clock.now = max(clock.now, done)
+        return given
+
+    meter, done = Meter(10, through, lambda step: None), 0.0
+    meter.sent(metrics(3.0))
+    meter.compiled()
+    meter.sent(metrics(3.0))
+    done = 2.0
+    with meter.paused():
+        clock.now += 50.0
+    assert meter.row()["img_per_s"] == 5.0
+
+
 def test_no_more_programs_are_under_way_than_asked_for():
     fetched = []
     meter = Meter(1, lambda given: fetched.append(given) or given, lambda step: None)
