@@ -34,6 +34,7 @@ class Trouble(NamedTuple):
 
 
 _RIGHTS, _OPEN = "give the right to it, or another place", "let more files be open (`ulimit -n`)"
+_AWAY = "move away what is there, or give another place"
 _REMEDIES = {
     errno.EACCES: _RIGHTS,
     errno.EPERM: _RIGHTS,
@@ -42,8 +43,12 @@ _REMEDIES = {
     errno.ENFILE: _OPEN,
     errno.EFBIG: "let files be larger (`ulimit -f`), or take another disk",
     errno.ENAMETOOLONG: "give a shorter name",
+    errno.EEXIST: _AWAY,
+    errno.EISDIR: _AWAY,
+    errno.ENOTDIR: _AWAY,
     errno.ELOOP: "its links lead in a circle, mend them or give another place",
 }
+_DAMAGE = (errno.EIO, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
 
 
@@ -56,7 +61,7 @@ def file_trouble(error: BaseException | None) -> Trouble | None:
             )
         name, number = None, None
         if isinstance(each, OSError):
-            name, number = each.filename, each.errno
+            name, number = each.filename2 or each.filename, each.errno  # of a rename, where to
         # TensorStore's and array_record's, which have no numbers.
         elif found := re.search(r'local file "([^"]+)"', str(each)) or re.search(
             r"\(\) failed: .*?; \w+ ([^;]+)", str(each)
@@ -65,7 +70,7 @@ def file_trouble(error: BaseException | None) -> Trouble | None:
         if number in _REMEDIES or number in _PASSING:
             remedy = _REMEDIES.get(number, "wait until its disk, or the network to it, works again")
             sentence = f"{name or 'A file'} cannot be used ({os.strerror(number)}): {remedy}"
-            return Trouble(sentence, number in _PASSING, number == errno.EIO)
+            return Trouble(sentence, number in _PASSING, number in _DAMAGE)
     return None
 
 

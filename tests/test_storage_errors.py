@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from fdm_jax.storage_errors import disk_full, file_trouble, refusal
+from fdm_jax.storage_errors import disk_full, file_trouble, refusal, system_fails
 
 TENSORSTORE = (
     'ABORTED: Error opening "zarr" driver: Error reading ".zarray" in OCDBT database at gs://bucket/run/: Error reading '
@@ -75,3 +75,10 @@ def test_damage():
     """A disk says of a block that it cannot read what a file server says of one that it does not get."""
     assert file_trouble(OSError(errno.EIO, "Input/output error", "/a/x")).damage
     assert not file_trouble(OSError(errno.ESTALE, "Stale file handle", "/a/x")).damage
+
+
+@pytest.mark.parametrize("number, damage", [(errno.EISDIR, True), (errno.EIO, True), (errno.EACCES, False)])
+def test_what_may_be_the_damage_of_one_file(number, damage):
+    """A checkpoint of which a file has become a folder is passed over, as one that is damaged is."""
+    assert file_trouble(OSError(number, "?", "/a/x")).damage == damage
+    assert system_fails(OSError(number, "?", "/a/x")) != damage

@@ -248,6 +248,10 @@ TENSORSTORE = 'Error writing "ema/.zarray" in OCDBT database at local file "/a/b
         ),
         (OSError(errno.EMFILE, "?", "/a/x"), 2, "/a/x cannot be used (Too many open files): let more files be open"),
         (OSError(errno.EFBIG, "?", "/a/x"), 2, "/a/x cannot be used (File too large): let files be larger"),
+        (
+            IsADirectoryError(errno.EISDIR, "?", "/a/.x.17", None, "/a/x"),
+            2, "/a/x cannot be used (Is a directory): move away what is there, or give another place",
+        ),
         (OSError(errno.EROFS, "?"), 2, "A file cannot be used (Read-only file system)"),
         (OSError(errno.ESTALE, "?", "/a/x"), 1, "/a/x cannot be used (Stale file handle): wait until its disk, or the"),
         (
