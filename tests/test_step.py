@@ -12,7 +12,7 @@ from conftest import enable_x64, needs_devices, nhwc
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from fdm_jax.devices import make_mesh
+from fdm_jax.devices import AXIS, make_mesh
 from fdm_jax.errors import UserError
 from fdm_jax.families import EDM, VE
 from fdm_jax.interop.state_dict import from_torch
@@ -236,6 +236,36 @@ def test_a_dealt_state_equals_a_whole_one(reference_run, monkeypatch):
     assert held < 0.35 * sum(leaf.size for leaf in jax.tree.leaves(state))
     moment = state.opt_state[0].mu["enc_8x8_block0"]["conv0"]["kernel"]
     assert {shard.data.shape for shard in moment.addressable_shards} == {(3, 3, 1, 4)}
+
+
+@needs_devices(4)
+def test_which_arrays_are_dealt_and_along_which_axis():
+    """Large ones, along the longest axis that divides by the devices."""
+    shapes = {
+        (3, 3, 64, 128): P(None, None, None, AXIS),
+        (1024, 4): P(AXIS),
+        (130, 64): P(None, AXIS),
+        (4094, 2): P(),
+        (81, 81, 3): P(),
+        (1023, 4): P(),
+    }
+    arrays = {shape: jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes}
+    found = parallel_module.dealt(arrays, make_mesh(jax.devices()[:4]))
+    assert {shape: sharding.spec for shape, sharding in found.items()} == shapes
+
+
+@needs_devices(2)
+@pytest.mark.parametrize("mode", ["jit", "fsdp", "pmap"])
+def test_a_step_takes_the_memory_of_the_state_that_it_is_given(mode):
+    def make_step(axis):
+        return lambda state, batch: (jax.tree.map(lambda a: a + 1, state), {"loss": batch["image"].sum()})
+
+    parallel = parallelise(mode, make_step, make_mesh(jax.devices()[:2]))
+    params, zero = {"kernel": jnp.zeros((3, 3, 64, 64))}, jnp.zeros((), jnp.int32)
+    given = TrainState(zero, params, constants={}, ema={}, opt_state=(), bad_steps=zero + 0)
+    state = parallel.put_state(given)
+    parallel.step(state, parallel.put_batch({"image": np.zeros((2, 4), np.float32)}))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 @needs_devices(4)
