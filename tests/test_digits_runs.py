@@ -8,9 +8,9 @@ the class asked for, with their Frechet distance to the real ones on pixels.
 What must hold: the mean of our two seeds lies within three of the stated deviations or 2 %, whichever is wider.  The
 original's runs were all judged with one draw of held-out noise (4 levels an image) and one set of 1,000 latents, ours
 with 16 times as many levels and five sets.  The stated deviation of an accuracy is that between runs on that one set;
-which set it is moves the accuracies of all runs together, by 0.011 (20 sets, two runs each of VE-FDM and VP-FDM), and that is
-allowed for here.  By the stated deviation alone, which is that of two runs, VE-FDM's accuracy fails; the README has what
-PyTorch gives when judged on the same sets.
+which set it is moves the accuracies of all runs together, by 0.011 (20 sets, two runs each of VE-FDM and VP-FDM), and their
+Frechet distances by 4 %, and both are allowed for here.  By the stated deviations alone, which are those of two runs,
+VE-FDM's samples fail; the README has what PyTorch gives when judged on the same sets.
 """
 
 import os
@@ -44,7 +44,8 @@ STEPS = (312, 624, 1250)  # the checkpoints nearest to 20k, 40k and 80k images
 SEEDS = (0, 1)
 SETS = 5  # of latents
 SAMPLES = 1000  # in each set
-OF_A_SET = 0.011  # deviation of an accuracy from set to set
+# Deviations from set to set: of an accuracy, and of a Frechet distance as a share of it (6 to 10 % where it is small).
+OF_A_SET, SHARE_OF_A_SET = 0.011, 0.04
 RUNS = tiny.ROOT / "runs" / "fidelity"  # kept: the same command goes on where it was
 
 
@@ -100,10 +101,9 @@ def test_whole_runs_land_in_the_originals_spread(variant):
     table = RUNS / f"{variant}.md"
     table.write_text(f"| {variant} | {' | '.join(row)} |\n")
     print(table.read_text())
-    errors = np.mean([run[0] for run in runs], axis=0)
-    share, deviation = accuracy_there
-    spread = share, float(np.hypot(deviation, OF_A_SET))
-    for value, (mean, deviation) in zip(
-        [*errors, np.mean([run[1] for run in runs])], [*errors_there, spread], strict=True
+    spread_of_sets = (0, 0, 0, OF_A_SET, SHARE_OF_A_SET * frechet_there[0])
+    ours = np.mean([[*errors, accuracy, frechet] for errors, accuracy, frechet in runs], axis=0)
+    for value, (mean, deviation), of_a_set in zip(
+        ours, [*errors_there, accuracy_there, frechet_there], spread_of_sets, strict=True
     ):
-        assert abs(value - mean) <= max(3 * deviation, 0.02 * mean)
+        assert abs(value - mean) <= max(3 * np.hypot(deviation, of_a_set), 0.02 * mean)
