@@ -44,6 +44,7 @@ def test_preempted_processes(data_dir, tmp_path):
     arrays, meta = checkpoint(workdir, step)
     assert int(arrays["['train']['step']"]) == meta["data"]["batches"] == step == rows(workdir)[-1]["step"]
     assert "Parameters:" in said[0] and "Parameters:" not in said[1]
+    assert not list(workdir.glob(".seen_by_all_*"))  # by which they found out that they share it
 
     images = f"--config.train.images={16 * (step + 8)}"
     assert main([*arguments, images]) == 0
