@@ -204,6 +204,11 @@ def test_kernels_in_another_order_in_memory(reference_run, monkeypatch):
     assert_same_run((losses, parallel.get_state(third)), reference_run)
 
 
+def make_trivial_step(axis):
+    """Without a network, for what is about how a step is compiled."""
+    return lambda state, batch: (jax.tree.map(lambda a: a + 1, state), {"loss": batch["image"].sum()})
+
+
 @pytest.mark.parametrize("mode", ["jit", "kernels in another order", "fsdp"])
 def test_a_single_step_is_compiled_without_graphs(monkeypatch, mode):
     """On GPUs; here an option that XLA refuses shows where it arrives: in the step, not in steps in a row."""
@@ -212,11 +217,7 @@ def test_a_single_step_is_compiled_without_graphs(monkeypatch, mode):
         monkeypatch.setitem(
             parallel_module.KERNEL_LAYOUTS, jax.default_backend(), parallel_module.KERNEL_LAYOUTS["gpu"]
         )
-
-    def make_step(axis):
-        return lambda state, batch: (jax.tree.map(lambda a: a + 1, state), {"loss": batch["image"].sum()})
-
-    parallel = parallelise("fsdp" if mode == "fsdp" else "jit", make_step, make_mesh(jax.devices()[:1]))
+    parallel = parallelise("fsdp" if mode == "fsdp" else "jit", make_trivial_step, make_mesh(jax.devices()[:1]))
     params, zero = {"kernel": jnp.zeros((3, 3, 4, 4))}, jnp.zeros((), jnp.int32)
     state = parallel.put_state(TrainState(zero, params, constants={}, ema={}, opt_state=(), bad_steps=zero))
     rows = {"image": np.zeros((2, 4), np.float32)}
@@ -257,10 +258,7 @@ def test_which_arrays_are_dealt_and_along_which_axis():
 @needs_devices(2)
 @pytest.mark.parametrize("mode", ["jit", "fsdp", "pmap"])
 def test_a_step_takes_the_memory_of_the_state_that_it_is_given(mode):
-    def make_step(axis):
-        return lambda state, batch: (jax.tree.map(lambda a: a + 1, state), {"loss": batch["image"].sum()})
-
-    parallel = parallelise(mode, make_step, make_mesh(jax.devices()[:2]))
+    parallel = parallelise(mode, make_trivial_step, make_mesh(jax.devices()[:2]))
     params, zero = {"kernel": jnp.zeros((3, 3, 64, 64))}, jnp.zeros((), jnp.int32)
     given = TrainState(zero, params, constants={}, ema={}, opt_state=(), bad_steps=zero + 0)
     state = parallel.put_state(given)
