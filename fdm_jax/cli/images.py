@@ -121,7 +121,7 @@ def _npz_images(path: Path) -> np.ndarray:
     except Exception as error:  # zlib, zipfile, NumPy: a damaged file makes them raise nearly anything
         if system_fails(error):
             raise
-        raise UserError(f"{path} is no .npz of images, or damaged ({error}).") from error
+        raise UserError(f"{path} is no .npz of images, or damaged ({str(error) or type(error).__name__}).") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise UserError(
             f"The images of {path} must be uint8 [N, H, W, 1 or 3], and are {images.dtype} {list(images.shape)}."

@@ -84,8 +84,9 @@ def _from_tar(path: Path, wanted: set[str]) -> tuple[dict[str, bytes], str]:
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.strerror:  # the system's, and none of gzip's
             raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+        reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
         raise UserError(
-            f"{path} cannot be read to its end ({str(error).splitlines()[0]}): it is cut short, damaged or no tar file; "
+            f"{path} cannot be read to its end ({reason}): it is cut short, damaged or no tar file; "
             "copy it again from where you have it."
         ) from error
     return found, digest

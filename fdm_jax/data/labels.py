@@ -120,8 +120,9 @@ def check_classes(classes: np.ndarray, class_names: Sequence[str], where: Sequen
 
 def _read_json(archive: Archive) -> dict[str, Any]:
     where = f"{LABELS_FILE} in {archive.path}"
+    data = archive.read(LABELS_FILE)
     try:
-        content = json.loads(archive.read(LABELS_FILE))
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError included
         raise UserError(f"{where} is not valid JSON ({error}).") from error
     if not isinstance(content, dict) or "labels" not in content:

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from fdm_jax.data.archives import open_archive
-from fdm_jax.data.sources import Cached, FileSource, Source, Subset, Unlabelled, XFlip
+from fdm_jax.data.sources import Cached, FileSource, Source, Subset, XFlip
 from fdm_jax.data.staging import local_copy
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.user_dirs import data_root, default_data_dir, writable_data_root
@@ -60,8 +60,6 @@ def open_source(
         opened = _open(os.fspath(source), split, data_root(data_dir), use_labels)
     except PermissionError as error:
         raise UserError(f"{error.filename or source} cannot be read or written ({error.strerror or error}).") from error
-    if not use_labels:
-        opened = Unlabelled(opened)
     if max_images is not None:
         opened = Subset(opened, max_images, seed)
     spec = opened.spec
@@ -81,9 +79,9 @@ def _open(name: str, split: str, data_dir: Path, use_labels: bool) -> Source:
         if name == "digits":
             from fdm_jax.data.digits import prepare_digits
 
-            return PreparedSource(prepare_digits(writable_data_root(data_dir)), split)
+            return PreparedSource(prepare_digits(writable_data_root(data_dir)), split, use_labels=use_labels)
         if not path.is_absolute() and (folder := find_prepared(name, data_dir)):
-            return PreparedSource(local_copy(folder), split)
+            return PreparedSource(local_copy(folder), split, use_labels=use_labels)
     if not path.exists():
         if known:
             where = "" if data_dir == default_data_dir() else f" --data_dir={shlex.quote(str(data_dir))}"
@@ -95,7 +93,7 @@ def _open(name: str, split: str, data_dir: Path, use_labels: bool) -> Source:
         if path.name == name and not path.suffix:  # a bare word: a name, not a path
             raise UserError(f"no data set, zip or folder is called {name!r}: {nearest(name, NAMES)}")
     if path.is_dir() and (folder := find_prepared(path.name, path.parent)):
-        return PreparedSource(folder, split)
+        return PreparedSource(folder, split, use_labels=use_labels)
     archive = open_archive(path)
     if split not in ("train", "all"):
         raise UserError(f"split is {split!r}, but a zip or folder such as {name} has only 'train'.")

@@ -56,12 +56,14 @@ class PreparedSource(Source):
       folder: see :func:`is_prepared`.
       split: in TFDS's words: ``train``, ``test``, ``train+test`` (or ``all``), ``train[:1000]``, ``train[90%:]``.
 
+      use_labels: whether labels are read; without, all are 0 and ``spec.num_classes`` is 0.
+
     Raises:
       UserError: there is no such split, files are missing or damaged, the folder's name is not UTF-8, or the examples
         are not an ``image`` of bytes of one square size with at most one ``label``, a class.
     """
 
-    def __init__(self, folder: Path, split: str = "train"):
+    def __init__(self, folder: Path, split: str = "train", *, use_labels: bool = True):
         check_utf8(folder)
         self._folder, self._split = folder, split
         info = self._builder.info
@@ -70,7 +72,7 @@ class PreparedSource(Source):
         except (OSError, ValueError, TypeError) as error:
             raise damaged(folder, error) from error
         features = dict(info.features or {})
-        image, label = features.get("image"), features.get("label")
+        image, label = features.get("image"), features.get("label") if use_labels else None
         shape = None if image is None else image.shape
         if not (image and shape and len(shape) == 3 and shape[0] == shape[1] and shape[0] and shape[2] in (1, 3)):
             raise UserError(
@@ -93,6 +95,8 @@ class PreparedSource(Source):
                 raise UserError(f"{info.name} has no split {split!r}: choose one of {known}.") from error
             raise UserError(f"the split {split!r} of {info.name} cannot be had ({error}).") from error
         names = tuple(label.names) if label is not None else ()
+        if label is not None and len(names) != label.num_classes:  # TFDS does not compare them
+            raise damaged(folder, ValueError(f"it has {len(names)} names for {label.num_classes} classes"))
         self.spec = DataSpec(
             name=info.full_name.removesuffix(f"/{info.version}"),
             num_images=count,
@@ -139,9 +143,16 @@ class PreparedSource(Source):
             examples = self._records.__getitems__([int(i) for i in indices])
             for row, example in enumerate(examples):
                 images[row] = example["image"]
-                labels[row] = example.get("label", 0)
+                labels[row] = example.get("label", 0) if spec.num_classes else 0
         except Exception as error:  # whatever TFDS and array_record make of missing or damaged files
             raise damaged(self._folder, error) from error
+        wrong = (labels < 0) | (labels >= max(spec.num_classes, 1))
+        if wrong.any():  # TFDS lets -1 through, which says that a class is not known
+            i = int(np.argmax(wrong))
+            raise UserError(
+                f"example {indices[i]} of {spec.name} has the label {labels[i]}, but with {spec.num_classes} classes "
+                f"labels go from 0 to {spec.num_classes - 1}: --config.data.class_conditional=False goes on without them."
+            )
         return {"image": images, "label": labels}
 
 

@@ -185,18 +185,6 @@ class XFlip(Source):
         return batch
 
 
-class Unlabelled(Source):
-    """The same images without their labels."""
-
-    def __init__(self, inner: Source):
-        self._inner = inner
-        self.spec = dataclasses.replace(inner.spec, num_classes=0, class_names=None)
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        batch = self._inner.read(indices)
-        return {"image": batch["image"], "label": np.zeros_like(batch["label"])}
-
-
 class Cached(Source):
     """Keeps every image once read, N*H*W*C bytes in all. A pickled copy starts empty."""
 

@@ -154,15 +154,17 @@ def load(path: Path) -> Classifier:
                     f"{path} (sha256 {sha256(path)}) is no classifier: `fdm evaluate fit-classifier` makes one."
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        shape = tuple(fields["image_shape"])
+        if len(shape) != 3 or not all(isinstance(n, int) and 0 < n < 2**16 for n in (*shape, fields["classes"])):
+            raise ValueError(f"images of {shape}, {fields['classes']} classes")
+        params = unflatten_dict({tuple(name.split("/")): value for name, value in tensors.items()})
+        classifier = Classifier(**fields | {"image_shape": shape}, params=params)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (SafetensorError, KeyError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} (sha256 {sha256(path)}) is no classifier, or damaged ({error}).") from error
-    fields["image_shape"] = tuple(fields["image_shape"])
-    params = unflatten_dict({tuple(name.split("/")): value for name, value in tensors.items()})
-    classifier = Classifier(**fields, params=params)
     wanted = jax.eval_shape(
         lambda: Network(classifier.classes).init(jax.random.key(0), jnp.zeros((1, *classifier.image_shape)))["params"]
     )

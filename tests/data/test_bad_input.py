@@ -39,7 +39,9 @@ def fails(words, path, **options):
     with pytest.raises(UserError, match=".*".join(map(re.escape, words))) as caught:
         source = open_source(path, **options)
         source.read(range(len(source)))
-    assert "\n" not in str(caught.value) and str(caught.value)[-1] in ".?"
+    sentence = str(caught.value)
+    assert "\n" not in sentence and sentence[-1] in ".?"
+    return sentence
 
 
 def test_unknown_names(tmp_path):
@@ -67,13 +69,14 @@ def test_zip_that_is_none(tmp_path, archives, files):
     fails([str(cut), "damaged or incomplete"], cut)
 
 
-def test_damaged_entry_of_a_zip(tmp_path, archives, files):
+@pytest.mark.parametrize("name", [SECOND, "dataset.json"])
+def test_damaged_entry_of_a_zip(tmp_path, archives, files, name):
     path = archives.zip(files)
     data = bytearray((tmp_path / "a.zip").read_bytes())
-    start = data.index(files[SECOND])
-    data[start + len(files[SECOND]) - 20] ^= 0xFF  # in the compressed pixels: only the checksum can tell
+    start = data.index(files[name])
+    data[start + len(files[name]) - 20] ^= 0xFF  # in the compressed pixels: only the checksum can tell
     (tmp_path / "a.zip").write_bytes(data)
-    fails([SECOND, path, "cannot be read", "CRC"], path)
+    assert fails([f"{name} in {path} cannot be read", "CRC"], path).startswith(name)
 
 
 def test_zips_that_cannot_be_unpacked(tmp_path, files):

@@ -124,6 +124,7 @@ def test_truncated_and_damaged_archives(tmp_path):
         fails("cut.tar.gz cannot be read to its end.*cut short, damaged or no tar", tmp_path / "cut.tar.gz")
     (tmp_path / "cut.tar").write_bytes(gzip.decompress(whole)[:40_000])
     fails("cut.tar cannot be read to its end|is missing from", tmp_path / "cut.tar")
+    fails(r"cut.tar.gz cannot be read to its end \([^():]*\): it is", tmp_path / "cut.tar.gz")  # now empty
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
     (tmp_path / "flip.tar.gz").write_bytes(flipped)

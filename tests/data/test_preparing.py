@@ -504,33 +504,6 @@ def test_a_sound_set_that_cannot_be_read_is_not_called_damaged(path, tmp_path, f
     assert file_trouble(caught.value).sentence.endswith("let more files be open (`ulimit -n`)")
 
 
-@pytest.mark.parametrize("pixels, label", [("float32", True), ("uint16", True), ("uint8", False), ("uint8", True)])
-def test_data_sets_that_others_made_with_tfds(tmp_path, pixels, label):
-    import tensorflow_datasets as tfds
-
-    class Foreign(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            kinds = {"label": tfds.features.ClassLabel(num_classes=3) if label else tfds.features.Scalar(np.int64)}
-            kinds["image"] = tfds.features.Tensor(shape=(2, 2, 1), dtype=np.dtype(pixels))
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(kinds))
-
-        def _split_generators(self, dl_manager):
-            return {"train": iter([(0, {"image": np.full((2, 2, 1), 300).astype(pixels), "label": 1})])}
-
-        def _generate_examples(self):
-            raise NotImplementedError
-
-    builder = Foreign(data_dir=str(tmp_path / "data"), file_format="array_record")
-    builder.download_and_prepare(download_dir=str(tmp_path))
-    if (pixels, label) == ("uint8", True):
-        assert open_source(str(builder.data_dir)).read([0])["image"].tolist() == [[[[44], [44]]] * 2]
-        return
-    with pytest.raises(UserError, match=f"has images of {pixels}, or labels that are no classes"):
-        open_source(str(builder.data_dir))
-
-
 def test_not_prepared_and_not_right(path, tmp_path, files):
     for name, words in (
         (

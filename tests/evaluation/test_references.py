@@ -152,6 +152,32 @@ def test_a_classifier_of_an_early_version(fitted, tmp_path):
         classifier.load(tmp_path / "fdm_jax classifier 0.safetensors")
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"more": 1}, "unexpected keyword argument 'more'"),
+        ({"classes": 0}, r"images of \(8, 8, 1\), 0 classes"),
+        ({"classes": None}, "None classes"),
+        ({"image_shape": [8, 8]}, r"images of \(8, 8\), 2 classes"),
+        ({"image_shape": [8, 8, 1, 1]}, r"images of \(8, 8, 1, 1\)"),  # a network that never gets to 4x4
+        ({"image_shape": [8, 0, 1]}, r"images of \(8, 0, 1\)"),
+        ({"image_shape": ["8", 8, 1]}, "images of "),
+        ({"image_shape": 8}, "not iterable"),
+        ({"image_shape": [16, 8, 1]}, r"arrays are not those of a classifier of \(16, 8, 1\)"),
+        (None, "no attribute"),
+    ],
+)
+def test_a_classifier_whose_description_is_damaged(fitted, tmp_path, change, words):
+    classifier.save(fitted, tmp_path / "c.safetensors")
+    with safe_open(tmp_path / "c.safetensors", "numpy") as file:
+        rest = json.loads(file.metadata()["classifier"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    content = json.dumps(change and rest | change)
+    safetensors.numpy.save_file(arrays, tmp_path / "c.safetensors", {"classifier": content})
+    with pytest.raises(UserError, match=f"damaged.*{words}"):
+        classifier.load(tmp_path / "c.safetensors")
+
+
 def test_a_classifier_that_cannot_be_written(fitted, tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", Path("/proc")):  # where there is no such place, and where nobody may write
