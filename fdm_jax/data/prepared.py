@@ -151,7 +151,7 @@ class PreparedSource(Source):
             i = int(np.argmax(wrong))
             raise UserError(
                 f"example {indices[i]} of {spec.name} has the label {labels[i]}, but with {spec.num_classes} classes "
-                f"labels go from 0 to {spec.num_classes - 1}: --config.data.class_conditional=False goes on without them."
+                f"labels go from 0 to {spec.num_classes - 1}: train without them (--config.data.class_conditional=False)."
             )
         return {"image": images, "label": labels}
 
