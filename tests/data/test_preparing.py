@@ -134,6 +134,15 @@ def test_where_labels_come_from(path, tmp_path, pixels, names, labels, classes):
     np.testing.assert_array_equal(source.read([0, 1])["label"], [0, 1] if classes else [0, 0])
 
 
+def test_labels_that_are_asked_for_must_be_there(path, tmp_path, pixels):
+    folders = {name: png(pixels[i]) for i, name in enumerate(["a/1.png", "b/2.png"])}
+    refused(
+        "dataset.json, which holds the labels, is missing", tmp_path / "data", "folder", path(folders), labels="json"
+    )
+    some = path(folders | {"3.png": png(pixels[2])}, name="some")
+    refused("3.png in .* lies in no folder", tmp_path / "data", "folder", some, labels="folders")
+
+
 def test_names_of_classes(path, tmp_path, files):
     data_dir = tmp_path / "data"
     named = prepared(data_dir, "zip", path(files, "zip"), classes=("x", "y", "z", "unused"))
