@@ -34,13 +34,19 @@ def make_denoise_fn(family: Family, network: Callable[..., Any]) -> Callable[...
 
     Returns:
       ``denoise(x, sigma, *args, **kwargs)``; sigma is a scalar or [B], further arguments go to the network
-      as they are (class_labels, augment_labels, ...); a UserError is raised if F's result has not x's shape.
+      as they are (class_labels, augment_labels, ...); a UserError is raised if sigma is of another shape, or F's
+      result has not x's.
     """
 
     def denoise(x: jax.Array, sigma: jax.Array | float, *args: Any, **kwargs: Any) -> jax.Array:
         x = jnp.asarray(x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
+        sigma = jnp.asarray(sigma, x.dtype)
+        if sigma.shape not in ((), x.shape[:1]):
+            raise UserError(
+                f"sigma is a number, or one for each of the {len(x)} images, [{len(x)}], and is {list(sigma.shape)}."
+            )
+        sigma = jnp.broadcast_to(sigma, x.shape[:1])
         c = family.coefficients(sigma)
         c_skip, c_out, c_in = (per_example(coefficient, x) for coefficient in (c.c_skip, c.c_out, c.c_in))
         F_x = network(c_in * x, c.c_noise, *args, **kwargs)

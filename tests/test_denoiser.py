@@ -1,6 +1,7 @@
 """Families around whole networks, against the original: D, sampler outputs, losses and their gradients."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +141,13 @@ def test_points_are_denoised_as_images_of_one_pixel_are():
         denoising_loss(denoise, points, sigma, noise, weight),
         denoising_loss(denoise, as_images[0], sigma, as_images[1], weight), rtol=1e-6,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 1, 1, 1)])
+def test_noise_levels_of_another_shape_are_refused(shape):
+    denoise = make_denoise_fn(EDM(), lambda x, c_noise: x)
+    with pytest.raises(UserError, match="one for each of the 2 images, .* and is " + re.escape(str(list(shape)))):
+        denoise(jnp.zeros((2, 4, 4, 1)), jnp.ones(shape))
 
 
 def test_a_network_that_gives_another_shape_is_refused():

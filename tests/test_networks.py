@@ -481,8 +481,8 @@ def test_rematerialised_network_has_derivatives_forwards(tiny_network):
         ({"x": (10, 4, 4, 1)}, r"x must be \[10, 8, 8, 1\] for this network, and is \[10, 4, 4, 1\]"),
         ({"x": (10, 8, 8, 3)}, r"x must be \[10, 8, 8, 1\]"),
         ({"c_noise": (1,)}, r"c_noise must be \[10\]"),
-        ({"class_labels": (10, 7)}, r"class_labels must be \[10, 10\] for this network, and is \[10, 7\]"),
-        ({"class_labels": (10,)}, r"class_labels must be \[10, 10\]"),  # not one-hot: it would be broadcast
+        ({"class_labels": (10, 7)}, r"class_labels must be one-hot, \[10, 10\] for this network, and is \[10, 7\]"),
+        ({"class_labels": (10,)}, r"class_labels must be one-hot, \[10, 10\]"),  # not one-hot: it would be broadcast
         ({"augment_labels": (10, 9)}, r"augment_labels must be \[10, 0\]"),  # they would leak into the samples
     ],
 )

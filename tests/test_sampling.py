@@ -224,6 +224,18 @@ def test_classes_by_number_and_by_name():
         choose_labels("owl", seeds, 3)
     with pytest.raises(UserError, match="must be left out, since this model knows no classes, and is 'owl'."):
         choose_labels("owl", seeds, 0)
+    for wrong, words in ((2**32 + 2, "is 4294967298"), (-1, "is -1"), (1.5, "not float64"), (True, "not bool")):
+        with pytest.raises(UserError, match=words):
+            choose_labels(wrong, seeds, 3)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "words"),
+    [(5, r"int64 \[\]"), ([1.5], r"float64 \[1\]"), ([], r"float64 \[0\]"), ([2**70], "1180591620717411303424")],
+)
+def test_seeds_are_a_list_of_integers(seeds, words):
+    with pytest.raises(UserError, match=words):
+        latents(seeds, (1,))
 
 
 def test_a_seed_means_the_same_whatever_generator_is_jaxs_default():

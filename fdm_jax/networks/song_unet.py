@@ -166,7 +166,8 @@ class SongUNet(nn.Module):
             ("augment_labels", augment_labels, (*batch, self.augment_dim)),
         ):
             if array is not None and array.shape != shape:
-                raise UserError(f"{name} must be {list(shape)} for this network, and is {list(array.shape)}.")
+                one_hot = "one-hot, " if name == "class_labels" else ""
+                raise UserError(f"{name} must be {one_hot}{list(shape)} for this network, and is {list(array.shape)}.")
 
     def _embedding(
         self, c_noise: jax.Array, class_labels: jax.Array | None, augment_labels: jax.Array | None, key: Any

@@ -24,9 +24,12 @@ def as_seeds(numbers: Sequence[int] | np.ndarray) -> np.ndarray:
     """Numbers [B] as uint32.
 
     Raises:
-      UserError: one outside 0 ... 2^32 - 1, which JAX would take for another one without a word.
+      UserError: one outside 0 ... 2^32 - 1, which JAX would take for another one without a word; or what is no list of
+        integers.
     """
     numbers = np.asarray(numbers)
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iuO":  # O: integers beyond 64 bits
+        raise UserError(f"Seeds are a list of integers, [B], and these are {numbers.dtype} {list(numbers.shape)}.")
     for wrong in numbers[(numbers < 0) | (numbers >= 2**32)][:1]:
         raise UserError(f"Seeds go from 0 to {2**32 - 1}, and {wrong} is given.")
     return numbers.astype(np.uint32)
@@ -69,7 +72,7 @@ def choose_labels(
     Classes are chosen by number, or by name where ``class_names`` gives theirs.
 
     Raises:
-      UserError: the model does not know the class.
+      UserError: the model does not know the class, or it is neither integer nor name.
     """
     if chosen is None:
         return jax.device_get(_drawn_labels(jax.device_put(as_seeds(seeds)), num_classes))
@@ -82,9 +85,11 @@ def choose_labels(
             raise UserError(f"The class must be {right}, and is {str(wrong)!r}.")
         numbers = {name: number for number, name in enumerate(class_names)}
         classes = np.array([numbers[name] for name in classes.flat], np.int32).reshape(classes.shape)
-    classes = classes.astype(np.int32)
+    if classes.dtype.kind not in "iuO":
+        raise UserError(f"Classes are integers or names, and not {classes.dtype}.")
     for wrong in classes[(classes < 0) | (classes >= num_classes)].flat:
         raise UserError(f"The class must be {right}, and is {wrong}.")
+    classes = classes.astype(np.int32)
     return classes if classes.ndim else np.full(len(seeds), classes)
 
 

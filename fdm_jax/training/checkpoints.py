@@ -110,6 +110,7 @@ class Checkpoints:
                 keep.append(policies.EveryNSteps(keep_every_steps))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep) if keep else None,
+            save_interval_steps=0 if read_only else 1,  # with another number Orbax warns that it takes 0
             create=not read_only,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,

@@ -156,10 +156,12 @@ PAIRS = [[f"0000{i // 4}/img{i:08d}.png", 0] for i in range(7)]
         (b'{"labels": [', ["dataset.json", "not valid JSON"]),
         (b"\xff\xfe\x00", ["dataset.json", "not valid JSON"]),
         ([], ["dataset.json", 'no "labels"']),
+        (3, ["dataset.json", 'no "labels"']),
         ({"label": []}, ["dataset.json", 'no "labels"']),
         ({"labels": None}, ["dataset.json", "null", "class_conditional=False"]),
         ({"labels": {"a": 1}}, ["dataset.json", 'not {"a": 1}']),
         ({"labels": [*PAIRS, ["x.png"]]}, ["dataset.json", '["x.png"]', "[file name, class]"]),
+        ({"labels": [*PAIRS, 3]}, ["dataset.json", "holds 3 where", "[file name, class]"]),
         ({"labels": [*PAIRS, [3, 3]]}, ["dataset.json", "[3, 3]", "[file name, class]"]),
         ({"labels": [*PAIRS, ["x.png", 1]]}, ["x.png", "dataset.json", "missing from"]),
         ({"labels": PAIRS[:5]}, ["dataset.json", "no label for 00001/img00000005.png", "1 more of 7"]),
@@ -169,6 +171,9 @@ PAIRS = [[f"0000{i // 4}/img{i:08d}.png", 0] for i in range(7)]
         ({"labels": [*PAIRS[1:], [PAIRS[0][0], True]]}, ["img00000000.png", "label true", "whole number"]),
         ({"labels": [*PAIRS[1:], [PAIRS[0][0], [0.5] * 99]]}, ["img00000000.png", "...", "whole number"]),
         ({"labels": [*PAIRS, [PAIRS[0][0], 2]]}, ["img00000000.png", "two labels, 0 and 2"]),
+        ({"labels": PAIRS, "class_names": "ab"}, ["dataset.json", 'different names, not "ab"']),
+        ({"labels": PAIRS, "class_names": ["a", 1]}, ["dataset.json", 'different names, not ["a", 1]']),
+        ({"labels": PAIRS, "class_names": ["a", "a"]}, ["dataset.json", 'different names, not ["a", "a"]']),
     ],
 )
 def test_bad_labels(archives, files, kind, content, words):
