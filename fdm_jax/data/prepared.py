@@ -55,18 +55,22 @@ class PreparedSource(Source):
     Args:
       folder: see :func:`is_prepared`.
       split: in TFDS's words: ``train``, ``test``, ``train+test`` (or ``all``), ``train[:1000]``, ``train[90%:]``.
-
       use_labels: whether labels are read; without, all are 0 and ``spec.num_classes`` is 0.
 
     Raises:
-      UserError: there is no such split, files are missing or damaged, the folder's name is not UTF-8, or the examples
-        are not an ``image`` of bytes of one square size with at most one ``label``, a class.
+      UserError: there is no such split, files are missing or damaged, the folder's name is not UTF-8, the files are
+        TFRecords, or the examples are not an ``image`` of bytes of one square size with at most one ``label``, a class.
     """
 
     def __init__(self, folder: Path, split: str = "train", *, use_labels: bool = True):
         check_utf8(folder)
         self._folder, self._split = folder, split
         info = self._builder.info
+        if info.file_format is not None and info.file_format.value != "array_record":
+            raise UserError(
+                f"{folder} holds {info.file_format.value} files, which only TensorFlow reads: prepare the data set with "
+                '`fdm dataset prepare`, or by TFDS with file_format="array_record".'
+            )
         try:
             self.metadata: dict[str, Any] = dict(info.metadata or {})
         except (OSError, ValueError, TypeError) as error:
@@ -127,11 +131,6 @@ class PreparedSource(Source):
     @functools.cached_property
     def _records(self) -> Any:
         info = self._builder.info
-        if info.file_format is not None and info.file_format.value != "array_record":
-            raise UserError(
-                f"{self._folder} holds {info.file_format.value} files, which only TensorFlow reads: prepare the "
-                "data set with `fdm dataset prepare`."
-            )
         split = "+".join(info.splits) if self._split == "all" else self._split
         return self._builder.as_data_source(split=split)
 

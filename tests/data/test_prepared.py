@@ -44,6 +44,15 @@ def test_data_sets_that_others_made_with_tfds(tmp_path, pixels, is_class):
         open_source(str(folder))
 
 
+def test_files_that_only_tensorflow_reads(tmp_path):
+    folder = tmp_path / "foreign"
+    shutil.copytree(foreign(tmp_path), folder)
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match="foreign holds tfrecord files, which only TensorFlow reads: prepare"):
+        open_source(str(folder))
+
+
 def test_a_label_that_is_no_class(tmp_path):
     """TFDS writes -1 where a class is not known."""
     folder = str(foreign(tmp_path, label=-1))
