@@ -316,10 +316,10 @@ def test_list_of_solvers(capsys):
 
 @pytest.mark.parametrize("solver", ["ancestral", pytest.param("unipc-2", marks=pytest.mark.slow)])
 def test_a_seed_gives_its_image_on_any_devices_in_any_batch(straight_run, solver):
-    """Alone, among 7 and among 64, on 1, 2 and 8 devices, and elsewhere in a batch, up to rounding.
+    """Alone, among 7 and among 64, on 1, 2 and 8 devices: up to rounding; for one shape of the batch, bit for bit.
 
-    Within one shape of the batch it is less: Eigen, which convolves on CPUs, adds in another order for the last pixels of
-    the last image where their number does not fit its registers, as with AVX2.
+    All but the last image of a batch: Eigen, which convolves on CPUs, adds in another order for its last pixels where
+    their number does not fit the registers, as with AVX2.
     """
     import jax
 
@@ -349,6 +349,8 @@ def test_a_seed_gives_its_image_on_any_devices_in_any_batch(straight_run, solver
     ]:
         chosen = np.array(chosen)
         np.testing.assert_allclose(sample(seeds[chosen], devices, batch), all_of_them[chosen], atol=2e-4)
-    np.testing.assert_allclose(sample(seeds[::-1].copy(), 1, 64)[::-1], all_of_them, atol=2e-6)
+    reversed_ = sample(seeds[::-1].copy(), 1, 64)[::-1]
+    np.testing.assert_array_equal(reversed_[1:-1], all_of_them[1:-1])
+    np.testing.assert_allclose(reversed_, all_of_them, atol=2e-6)
     others = np.concatenate([seeds[:1], np.arange(5000, 5063, dtype=np.uint32)])
     np.testing.assert_array_equal(sample(others, 1, 64)[0], all_of_them[0])  # in the same place
