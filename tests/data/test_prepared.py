@@ -44,6 +44,16 @@ def test_data_sets_that_others_made_with_tfds(tmp_path, pixels, is_class):
         open_source(str(folder))
 
 
+def test_the_newest_whole_version_is_read(tmp_path):
+    """By number, not by letters; what a killed preparation left has no description yet."""
+    folder = tmp_path / "sets" / "foreign"
+    for version, label in (("1.9.0", 1), ("1.10.0", 2)):
+        shutil.copytree(foreign(tmp_path / version, label=label), folder / version)
+    (folder / "2.0.0").mkdir()
+    for name, data_dir in ((folder, None), ("foreign", folder.parent)):
+        assert open_source(str(name), data_dir=data_dir).read([0])["label"].tolist() == [2]
+
+
 def test_files_that_only_tensorflow_reads(tmp_path):
     folder = tmp_path / "foreign"
     shutil.copytree(foreign(tmp_path), folder)

@@ -107,6 +107,12 @@ def test_precision_and_recall_of_extremes():
     assert precision_recall(x[:10], x)[0] == 1 > precision_recall(x[:10], x)[1]
 
 
+def test_a_point_on_the_rim_is_covered():
+    """At 0, 1 and 3 the nearest neighbour is 1, 1 and 2 away: -1 and 5 lie just so far from one, -2 and 6 do not."""
+    real = np.array([[0.0], [1.0], [3.0]])
+    assert precision_recall(np.array([[-1.0], [5.0], [-2.0], [6.0]]), real, k=1)[0] == 0.5
+
+
 def test_blocks_make_no_difference(monkeypatch):
     from fdm_jax.evaluation import coverage
 
@@ -146,5 +152,7 @@ def test_bad_sets():
         kernel_distance(a, np.zeros((5, 4)))
     with pytest.raises(UserError, match="more than 3 features"):
         precision_recall(a[:3], a)
+    with pytest.raises(UserError, match="of one width"):
+        precision_recall(a, np.zeros((5, 4)))
     with pytest.raises(UserError, match="10 splits takes as many images"):
         inception_score(a)
