@@ -49,6 +49,24 @@ def test_files_at_any_depth_of_any_known_kind_and_nothing_else(archives, pixels,
     assert batch["image"].shape == (3, 4, 4, 1) and not batch["label"].any()
 
 
+def test_what_macos_adds_to_a_zip_is_no_image(archives, pixels):
+    by_macos = {"__MACOSX/cat/._1.png": b"junk", "cat/.DS_Store": b"", "cat/._1.png": b"junk"}
+    source = open_source(
+        archives.zip({"cat/": b"", "cat/1.png": png(pixels[0]), "dog/2.png": png(pixels[1])} | by_macos)
+    )
+    assert source.spec.class_names == ("cat", "dog")
+    np.testing.assert_array_equal(source.read(range(len(source)))["image"], pixels[:2])
+
+
+@pytest.mark.parametrize("changed", [0, 70_000, 199_999])
+def test_the_mark_of_a_folder_sees_both_ends_of_a_file(archives, changed):
+    """And not its middle, so as not to read all; its name and size always."""
+    data = bytearray(200_000)
+    before = open_archive(archives.dir({"1.bmp": data})).mark(["1.bmp"])
+    data[changed] = 1
+    assert (open_archive(archives.dir({"1.bmp": data})).mark(["1.bmp"]) == before) == (changed == 70_000)
+
+
 def test_links_to_folders_are_followed_but_not_in_circles(archives, pixels, tmp_path):
     path = archives.dir({"cat/1.png": png(pixels[0])})
     archives.dir({"2.png": png(pixels[1]), "deep/3.png": png(pixels[2])}, "elsewhere")
