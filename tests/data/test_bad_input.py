@@ -129,6 +129,16 @@ def test_bad_image_that_is_found_only_on_reading(archives, files):
         source.read([2, 1])
 
 
+@pytest.mark.parametrize("bad, is_", [(("L",), "4x4 with 1 channel,"), (("RGB", (1, 1)), "1x1 with 3 channels")])
+def test_another_shape_that_is_found_only_on_reading(archives, bad, is_):
+    """Headers of other kinds than PNG are not read at first; NumPy would repeat either to fill the image."""
+    names = {f"{i}.tiff": encoded(*of, kind="tiff") for i, of in enumerate([("RGB",), bad])}
+    source = open_source(archives.dir(names), use_labels=False, cache_mb=0)
+    source.read([0])
+    with pytest.raises(UserError, match=f"1.tiff in .* is {is_}.* but 0.tiff is 4x4 with 3 channels"):
+        source.read([1])
+
+
 def test_image_that_vanishes(tmp_path, archives, files):
     source = open_source(archives.dir(files))
     (tmp_path / "a" / SECOND).unlink()
