@@ -129,6 +129,12 @@ def test_bad_image_that_is_found_only_on_reading(archives, files):
         source.read([2, 1])
 
 
+def test_another_shape_that_the_header_of_a_png_tells(archives, files):
+    """At once, not at the first batch; so that a run does not end hours later."""
+    with pytest.raises(UserError, match=f"{SECOND} in .* is 8x8 with 3 channels"):
+        open_source(archives.zip(files | {SECOND: encoded("RGB", (8, 8))}))
+
+
 @pytest.mark.parametrize("bad, is_", [(("L",), "4x4 with 1 channel,"), (("RGB", (1, 1)), "1x1 with 3 channels")])
 def test_another_shape_that_is_found_only_on_reading(archives, bad, is_):
     """Headers of other kinds than PNG are not read at first; NumPy would repeat either to fill the image."""

@@ -154,6 +154,7 @@ def test_bad_batches(tmp_path, data, words):
 def test_bad_binary_batches(tmp_path):
     cut = binary_files()["cifar-10-batches-bin/test_batch.bin"][:-1]
     fails("test_batch.bin .*no multiple of 3,073", tar(tmp_path / "c.tar.gz", binary_files(test_batch=cut)))
+    fails("test_batch.bin in .* has 0 bytes", tar(tmp_path / "e.tar.gz", binary_files(test_batch=b"")))
     wrong = b"\x0a" + bytes(3072)
     fails("image 0 the label 10", tar(tmp_path / "d.tar.gz", binary_files(test_batch=wrong)))
 
