@@ -1,11 +1,13 @@
 """Data on Google Cloud Storage: what is opened is what is there, copied once, and whole or not at all."""
 
 import concurrent.futures
+import errno
 import pathlib
 
 import numpy as np
 import pytest
 
+from fdm_jax.data import staging
 from fdm_jax.data.digits import prepare_digits
 from fdm_jax.data.opening import open_source
 from fdm_jax.errors import UserError
@@ -83,6 +85,20 @@ def test_what_does_not_arrive_whole_is_not_kept(store, archives, files, cache, w
     assert not list(cache.glob("*.part.*")) and not list(cache.glob("*/hurt.zip"))
     store.objects["bucket", "sets/hurt.zip"] = content, metadata
     assert len(open_source("gs://bucket/sets/hurt.zip")) == 7
+
+
+def test_a_full_disk_leaves_nothing_of_the_copy(store, archives, files, cache, monkeypatch):
+    store.put("bucket", "sets/a.zip", pathlib.Path(archives.zip(files)).read_bytes())
+
+    def fill(path, objects, target):
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left on device"):
+        patched.setattr(staging, "_fetch", fill)
+        open_source("gs://bucket/sets/a.zip")
+    assert not list(cache.glob("*/a.zip"))
+    assert len(open_source("gs://bucket/sets/a.zip")) == 7
 
 
 @pytest.mark.parametrize(
