@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from fdm_jax.data.digits import load_digits_arrays
 from fdm_jax.devices import make_mesh
 from fdm_jax.evaluation import classifier
 from fdm_jax.evaluation.extractors import Extractor, FeatureMaker, open_extractor
@@ -21,13 +20,6 @@ RNG = np.random.default_rng(0)
 @pytest.fixture(autouse=True)
 def same_draws_whatever_ran_before():
     RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    images, labels = load_digits_arrays("all", tmp_path_factory.mktemp("digits"))
-    order = np.random.default_rng(1).permutation(len(images))
-    return images[order], labels[order]
 
 
 @pytest.fixture(scope="module", params=["pixels", pytest.param("classifier", marks=pytest.mark.slow)])
