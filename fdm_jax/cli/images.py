@@ -122,7 +122,7 @@ def _npz_images(path: Path) -> np.ndarray:
         if system_fails(error):
             raise
         raise UserError(f"{path} is no .npz of images, or damaged ({str(error) or type(error).__name__}).") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
         raise UserError(
             f"The images of {path} must be uint8 [N, H, W, 1 or 3], and are {images.dtype} {list(images.shape)}."
         )

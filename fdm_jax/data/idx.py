@@ -48,9 +48,10 @@ def read_idx(path: Path, resolution: int | None = None) -> RawData:
         images, labels = arrays
         if len(images) != len(labels) or not len(images):
             raise UserError(f"{path} has {len(images):,} {split} images and {len(labels):,} labels.")
-        if images.shape[1] != images.shape[2] or size not in (0, images.shape[1]):
+        if not images.shape[1] == images.shape[2] == (size or images.shape[1]) > 0:
             raise UserError(
-                f"{files[split, 'images']} has images of {images.shape[2]}x{images.shape[1]}: all must be square and alike."
+                f"{files[split, 'images']} has images of {images.shape[2]}x{images.shape[1]}: all must be square, alike "
+                "and not empty."
             )
         size = images.shape[1]
         splits[split] = ArraySplit(_pad(images, resolution or (32 if size == 28 else size)), labels.astype(np.int32))

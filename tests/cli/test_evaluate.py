@@ -229,6 +229,7 @@ def test_other_images_under_the_same_name(kind, place, tmp_path, capsys):
         (["--images=PLACE/many.npz", "--num=60"], "holds 50 images, and --num asks for 60"),
         (["--images=PLACE/large.npz"], "are of 64 numbers an image, and the extractor pixels gives 81"),
         (["--images=PLACE/floats.npz"], "must be uint8"),
+        (["--images=PLACE/thin.npz"], "must be uint8 [N, H, W, 1 or 3], and are uint8 [5, 8, 0, 1]"),
         (["--images=PLACE/empty.npz"], "holds no array called image"),
         (["--images=PLACE/text.npz"], "is no .npz of images"),
         (["--images=PLACE/one.npz"], "is no .npz of images"),
@@ -248,6 +249,7 @@ def test_other_images_under_the_same_name(kind, place, tmp_path, capsys):
 )
 def test_bad_input(place, tmp_path, capsys, arguments, words):
     np.savez(tmp_path / "many.npz", image=RNG.integers(0, 256, (50, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "thin.npz", image=np.zeros((5, 8, 0, 1), np.uint8))
     np.savez(tmp_path / "large.npz", image=RNG.integers(0, 256, (50, 9, 9, 1), np.uint8))
     np.savez(tmp_path / "floats.npz", image=np.zeros((50, 8, 8, 1)))
     np.savez(tmp_path / "empty.npz", label=np.zeros(5))

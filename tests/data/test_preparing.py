@@ -12,13 +12,14 @@ import shutil
 import struct
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from encoded import png
 
 from fdm_jax.data import preparing
-from fdm_jax.data.builders import LocalImages
+from fdm_jax.data.builders import LocalImages, prepare
 from fdm_jax.data.export import write_zip
 from fdm_jax.data.opening import open_source
 from fdm_jax.data.prepared import PreparedSource
@@ -153,6 +154,7 @@ def test_names_of_classes(path, tmp_path, files):
     refused("label 2, but with 2 classes labels go from 0 to 1", tmp_path / "x", "zip", own, classes=("r", "s"))
     refused("has no label", tmp_path / "x", "zip", path(files | {"new.png": png(np.zeros((4, 4, 3), np.uint8))}))
     refused("--classes must be different words", tmp_path / "x", "zip", own, classes=("r", "r"))
+    refused("--classes must be different words", tmp_path / "x", "zip", own, classes=("r", " ", "t"))
     refused("has no labels: leave it out", tmp_path / "x", "zip", own, classes=("r", "s"), labels="none")
 
 
@@ -234,6 +236,12 @@ def test_mnist(path, tmp_path, pack):
         (lambda d: b"\0\0\x0d" + d[3:], "is not an idx file of bytes"),
         (lambda d: d[:4] + b"\x7f\xff\xff\xff" + d[8:], "claims .* bytes: it is not to be trusted"),
         (lambda d: d[:4] + struct.pack(">I", 4) + d[8:16] + d[16 : 16 + 4 * 784], "4 train images and 5 labels"),
+        (
+            lambda d: d[:8] + struct.pack(">II", 14, 56) + d[16:],
+            "has images of 56x14: all must be square, alike and not",
+        ),
+        (lambda d: d[:8] + struct.pack(">II", 14, 14) + d[16 : 16 + 980], "t10k-.* has images of 28x28: all must be"),
+        (lambda d: d[:8] + struct.pack(">II", 0, 0), "has images of 0x0"),
         (None, "no train images: a file such as train-images-idx3-ubyte is missing"),
     ],
 )
@@ -245,6 +253,14 @@ def test_bad_idx_files(path, tmp_path, change, words):
         del files[name]
     refused(words, tmp_path / "data", "mnist", path(files))
     refused("no folder is at", tmp_path / "data", "mnist", tmp_path / "nowhere")
+
+
+def test_idx_files_of_two_data_sets_in_one_folder(path, tmp_path):
+    """EMNIST has all of its parts in one."""
+    _, files = mnist_files()
+    other = {name.replace("t10k", "emnist-letters-test"): data for name, data in files.items() if "t10k" in name}
+    train = {name: data for name, data in files.items() if "train" in name}
+    refused("holds both emnist-letters-test-images.* and train-images", tmp_path / "data", "mnist", path(other | train))
 
 
 BAD = {
@@ -461,6 +477,34 @@ def test_failure_in_the_middle_leaves_nothing(path, tmp_path, files, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(LocalImages, "_download_and_prepare", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
+            prepare_dataset(Request(name="zip", source=path(files)), tmp_path / "data")
+    assert not list((tmp_path / "data" / "zip").rglob("*.json"))
+    assert len(prepared(tmp_path / "data", "zip", path(files))) == 7
+
+
+def test_an_error_of_the_disk_counts_unless_another_process_was_faster(path, tmp_path, files, monkeypatch):
+    """TFDS renames the folder at last, which fails where it is there."""
+
+    def fail(folder):
+        if there:
+            folder.mkdir(parents=True)
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    for there in (False, True):
+        builder = types.SimpleNamespace(data_dir=tmp_path / "1.0.0")
+        builder.download_and_prepare = lambda builder=builder, **_: fail(builder.data_dir)
+        if there:
+            assert prepare(tmp_path, "zip/a", lambda builder=builder: builder) == tmp_path / "1.0.0"
+        else:
+            with pytest.raises(OSError, match="not empty"):
+                prepare(tmp_path, "zip/a", lambda builder=builder: builder)
+
+
+def test_a_shard_that_was_not_written_to_its_end(path, tmp_path, files, monkeypatch):
+    """Which array_record does not always say."""
+    with monkeypatch.context() as patch:
+        patch.setattr("fdm_jax.data.builders.ArrayRecordReader.num_records", lambda _: 6)
+        with pytest.raises(OSError, match="zip-train.array_record-00000-of-00001 was not written to its end"):
             prepare_dataset(Request(name="zip", source=path(files)), tmp_path / "data")
     assert not list((tmp_path / "data" / "zip").rglob("*.json"))
     assert len(prepared(tmp_path / "data", "zip", path(files))) == 7
