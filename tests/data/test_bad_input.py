@@ -190,6 +190,10 @@ PAIRS = [[f"0000{i // 4}/img{i:08d}.png", 0] for i in range(7)]
         ({"labels": PAIRS, "class_names": "ab"}, ["dataset.json", 'different names, not "ab"']),
         ({"labels": PAIRS, "class_names": ["a", 1]}, ["dataset.json", 'different names, not ["a", 1]']),
         ({"labels": PAIRS, "class_names": ["a", "a"]}, ["dataset.json", 'different names, not ["a", "a"]']),
+        (
+            {"labels": [*PAIRS[1:], [PAIRS[0][0], 2]], "class_names": ["a", "b"]},
+            ["img00000000.png", "has the label 2, but with 2 classes labels go from 0 to 1"],
+        ),
     ],
 )
 def test_bad_labels(archives, files, kind, content, words):

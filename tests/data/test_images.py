@@ -43,6 +43,8 @@ def alpha(pixels, value):
         (encoded(RGB), RGB),
         (encoded(RGB, kind="bmp"), RGB),
         (encoded(RGB, kind="tiff"), RGB),
+        (encoded(RGB, kind="ppm"), RGB),
+        (f"P3 4 6 255 {' '.join(map(str, RGB.flat))} ".encode(), RGB),
         (encoded(RGB, kind="webp", lossless=True), RGB),
         (encoded(alpha(RGB, 255)), RGB),
         (encoded(alpha(GREY, 255)), GREY[..., None]),
