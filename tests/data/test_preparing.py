@@ -125,6 +125,7 @@ def test_folders_are_classes(path, tmp_path, pixels):
         (["00000/1.png", "00001/2.png"], "auto", 0),  # EDM's and FFHQ's numbered folders
         (["00000/1.png", "00001/2.png"], "folders", 2),
         (["a/1.png", "2.png"], "auto", 0),
+        (["a/1.png", "b/2.png", "3.png"], "auto", 0),
         (["a/1.png", "a/2.png"], "auto", 0),
     ],
 )

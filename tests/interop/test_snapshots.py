@@ -244,6 +244,24 @@ def test_a_snapshot_written_here(tmp_path):
     assert len(found) == 3
 
 
+@pytest.mark.parametrize(
+    "value",
+    [np.float64(0.5), np.float32(0.25), np.int64(-3), np.int32(7), np.bool_(True)],
+    ids=lambda value: value.dtype.name,
+)
+@pytest.mark.parametrize("where", ["numpy.core", "numpy._core"], ids=["NumPy 1", "NumPy 2"])
+def test_numbers_of_numpy(tmp_path, value, where):
+    dtype = Call("numpy.dtype", value.dtype.str[1:], False, True)
+    number = Call(f"{where}.multiarray.scalar", dtype, value.tobytes())
+    found = read_snapshot(written(tmp_path, persistent(state={"sigma_data": number})), plain_storage)
+    assert found.ema.state["sigma_data"] == value and type(found.ema.state["sigma_data"]) is type(value.item())
+
+
+def test_a_tensor_of_nothing(tmp_path):
+    found = read_snapshot(written(tmp_path, module({"a": tensor(np.zeros((3, 0), np.float32))})), plain_storage)
+    assert tensors(found.ema)["a"].shape == (3, 0)
+
+
 def test_carried_source_is_never_run(tmp_path):
     mark = tmp_path / "mark"
     source = f"open({str(mark)!r}, 'w')"
