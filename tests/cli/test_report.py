@@ -148,7 +148,9 @@ def test_two_runs(report, tmp_path):
     fdm = write_run(tmp_path / "fdm", rate=1.5)
     plain = write_run(tmp_path / "plain", momentum=False)
     page = report(fdm, plain)
-    assert page.row("fdm")[1:3] == ["EDM with momentum, multiplier 2", "digits 8x8x1, by class"]
+    assert page.row("fdm")[1:4] == [
+        "EDM with momentum, multiplier 2", "digits 8x8x1, by class", "ddpmpp, 4 x (1) channels, float32",
+    ]  # fmt: skip
     assert page.row("plain")[1] == "EDM, plain"
     assert page.row("fdm")[5:] == ["64", "6,000", "10 min", "123.4"]
     assert page.row("momentum.enabled") == ["momentum.enabled", "True", "False"]
@@ -337,13 +339,14 @@ def test_evaluations(report, tmp_path):
         {"fid": figure, "recall": {"value": 0.61234, "deviation": None}},
         S_churn=0.0,
         match_original=False,
+        ref_description={"data": "cifar10"},
     )
     more = {"guidance": 1.5, "grid": "log-snr", "guidance_interval": "0,inf", "S_churn": 40.0, "guide": None}
     write_result(run, "pixels", {"fid": figure | {"value": None}, "frechet_distance": figure}, **more)
     page = report(run, write_run(tmp_path / "without"))
     head = page.row("run", "features and reference")
     assert head[2:] == ["sampler", "images", "FID", "Fréchet distance", "recall"]
-    inception = page.row("run", "inception, (abcdef)")
+    inception = page.row("run", "inception, cifar10 (abcdef)")
     assert inception[2:] == ["heun, 35 NFE, step 120", "2,000", "2.346 ± 0.071", "–", "0.6123"]
     assert page.row("run", "pixels, (abcdef)")[2:] == [
         "heun, 35 NFE, step 120, guidance 1.5, grid log-snr, S_churn 40.0", "2,000", "–", "2.346 ± 0.071", "–",

@@ -262,6 +262,14 @@ def test_a_tensor_of_nothing(tmp_path):
     assert tensors(found.ema)["a"].shape == (3, 0)
 
 
+def test_a_module_in_two_places(tmp_path):
+    """Some levels of such would take for ever to walk through."""
+    child = module({"a": tensor(np.zeros(2, np.float32))})
+    twice = persistent(state={"_parameters": {}, "_buffers": {}, "_modules": {"x": child, "y": child}})
+    with pytest.raises(UserError, match="^y is not a module of its own"):
+        tensors(read_snapshot(written(tmp_path, twice), plain_storage).ema)
+
+
 def test_carried_source_is_never_run(tmp_path):
     mark = tmp_path / "mark"
     source = f"open({str(mark)!r}, 'w')"
