@@ -14,7 +14,7 @@ from fdm_jax.cli.report import distinct_names
 from fdm_jax.defaults import recipe, to_json
 from fdm_jax.reporting.markup import duration, shown
 from fdm_jax.reporting.page import spread
-from fdm_jax.reporting.runs import PALETTE, Point, best_of, colours
+from fdm_jax.reporting.runs import PALETTE, Point, Run, best_of, colours, find_pairs
 
 SIGMAS = (0.02, 0.2, 2.0)
 EMPTY = {"img", "meta"}
@@ -327,6 +327,29 @@ def test_sample_grids(report, tmp_path):
     for path in sorted((run / "samples").glob("0*.png"))[1:12]:
         path.write_bytes((run / "samples" / "000000000500.png").read_bytes())
     assert [image["alt"] for image in report(run).images if image.get("class") == "last"] == [grids[0]["alt"]]
+
+
+def test_what_makes_two_runs_a_pair():
+    """All alike but the momentum, and what decides no figure."""
+    plain = {
+        "momentum.enabled": False,
+        "warmup_steps": 0,
+        "train.images": 6000,
+        "data.source": "digits",
+        "log.every": 1,
+    }
+
+    def others(momentum=True, **changed):
+        fdm = plain | {"momentum.enabled": momentum} | {name.replace("_at_", "."): v for name, v in changed.items()}
+        [pair] = find_pairs([Run("base", plain), Run("run", fdm)])
+        assert (pair.run.name, pair.base.name, pair.fdm) == ("run", "base", momentum)
+        return pair.others
+
+    assert others() == others(warmup_steps=200, log_at_every=2, parallel="fsdp") == []
+    assert others(train_at_images=7000) == ["train.images"]
+    assert others(data_at_source="mnist", init_from="x") == ["data.source", "init_from"]
+    assert others(eval_at_extractor="inception", eval_at_every_images=2) == ["eval.extractor"]
+    assert others(momentum=False, seed=1) == ["seed"]
 
 
 def test_evaluations(report, tmp_path):
