@@ -48,12 +48,12 @@ def read_idx(path: Path, resolution: int | None = None) -> RawData:
         images, labels = arrays
         if len(images) != len(labels) or not len(images):
             raise UserError(f"{path} has {len(images):,} {split} images and {len(labels):,} labels.")
-        if not images.shape[1] == images.shape[2] == (size or images.shape[1]) > 0:
+        _, height, width = images.shape
+        if height != width or not height or size not in (0, height):
             raise UserError(
-                f"{files[split, 'images']} has images of {images.shape[2]}x{images.shape[1]}: all must be square, alike "
-                "and not empty."
+                f"{files[split, 'images']} has images of {width}x{height}: all must be square, alike and not empty."
             )
-        size = images.shape[1]
+        size = height
         splits[split] = ArraySplit(_pad(images, resolution or (32 if size == 28 else size)), labels.astype(np.int32))
     classes = max(int(split.labels.max()) for split in splits.values() if split.labels is not None) + 1
     checksum = hashlib.sha256(b"".join(digests)).hexdigest()

@@ -329,27 +329,23 @@ def test_sample_grids(report, tmp_path):
     assert [image["alt"] for image in report(run).images if image.get("class") == "last"] == [grids[0]["alt"]]
 
 
-def test_what_makes_two_runs_a_pair():
-    """All alike but the momentum, and what decides no figure."""
-    plain = {
-        "momentum.enabled": False,
-        "warmup_steps": 0,
-        "train.images": 6000,
-        "data.source": "digits",
-        "log.every": 1,
-    }
-
-    def others(momentum=True, **changed):
-        fdm = plain | {"momentum.enabled": momentum} | {name.replace("_at_", "."): v for name, v in changed.items()}
-        [pair] = find_pairs([Run("base", plain), Run("run", fdm)])
-        assert (pair.run.name, pair.base.name, pair.fdm) == ("run", "base", momentum)
-        return pair.others
-
-    assert others() == others(warmup_steps=200, log_at_every=2, parallel="fsdp") == []
-    assert others(train_at_images=7000) == ["train.images"]
-    assert others(data_at_source="mnist", init_from="x") == ["data.source", "init_from"]
-    assert others(eval_at_extractor="inception", eval_at_every_images=2) == ["eval.extractor"]
-    assert others(momentum=False, seed=1) == ["seed"]
+@pytest.mark.parametrize(
+    "changed, others",
+    [
+        ({}, []),
+        ({"warmup_steps": 200, "log.every": 2, "parallel": "fsdp", "eval.every_images": 2}, []),
+        ({"train.images": 7000}, ["train.images"]),
+        ({"data.source": "mnist", "init_from": "x"}, ["data.source", "init_from"]),
+        ({"eval.extractor": "inception"}, ["eval.extractor"]),
+        ({"momentum.enabled": False, "seed": 1}, ["seed"]),
+    ],
+)
+def test_what_had_better_not_differ_between_two_runs(changed, others):
+    """Not the momentum, nor what decides no figure."""
+    plain = {"momentum.enabled": False, "warmup_steps": 0, "train.images": 6000, "data.source": "digits"}
+    [pair] = find_pairs([Run("base", plain), Run("run", plain | {"momentum.enabled": True} | changed)])
+    assert (pair.run.name, pair.base.name, pair.others) == ("run", "base", others)
+    assert pair.fdm == changed.get("momentum.enabled", True)
 
 
 def test_evaluations(report, tmp_path):

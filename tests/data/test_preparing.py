@@ -483,22 +483,22 @@ def test_failure_in_the_middle_leaves_nothing(path, tmp_path, files, monkeypatch
     assert len(prepared(tmp_path / "data", "zip", path(files))) == 7
 
 
-def test_an_error_of_the_disk_counts_unless_another_process_was_faster(path, tmp_path, files, monkeypatch):
-    """TFDS renames the folder at last, which fails where it is there."""
+@pytest.mark.parametrize("there", [False, True])
+def test_an_error_of_the_disk_counts_unless_another_process_was_faster(tmp_path, there):
+    """TFDS renames its folder at last, which fails where another has done so."""
+    folder = tmp_path / "1.0.0"
 
-    def fail(folder):
+    def fail(download_dir):
         if there:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
 
-    for there in (False, True):
-        builder = types.SimpleNamespace(data_dir=tmp_path / "1.0.0")
-        builder.download_and_prepare = lambda builder=builder, **_: fail(builder.data_dir)
-        if there:
-            assert prepare(tmp_path, "zip/a", lambda builder=builder: builder) == tmp_path / "1.0.0"
-        else:
-            with pytest.raises(OSError, match="not empty"):
-                prepare(tmp_path, "zip/a", lambda builder=builder: builder)
+    make_builder = lambda: types.SimpleNamespace(data_dir=folder, download_and_prepare=fail)  # noqa: E731
+    if there:
+        assert prepare(tmp_path, "zip/a", make_builder) == folder
+    else:
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTEMPTY)):
+            prepare(tmp_path, "zip/a", make_builder)
 
 
 def test_a_shard_that_was_not_written_to_its_end(path, tmp_path, files, monkeypatch):
