@@ -332,7 +332,7 @@ def test_generated_by_two_processes(straight_run, tmp_path):
     assert np.abs(one - two).max() <= 1 and one.std() > 10
 
 
-@pytest.mark.parametrize("what", ["train", pytest.param("sample", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["sample", pytest.param("train", marks=pytest.mark.slow)])
 def test_speed_of_two_processes(what):
     """Of all their devices together."""
     arguments = [f"--config={tiny.CONFIG}", *tiny.OVERRIDES, f"--what={what}", "--steps=1", "--sampling-steps=1"]
