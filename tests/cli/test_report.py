@@ -489,8 +489,8 @@ def test_a_page_that_cannot_be_written(tmp_path, capsys, monkeypatch):
 def test_numbers_for_people():
     assert [shown(v) for v in (None, 0.123456, 12345.6, 0.00001234)] == ["–", "0.1235", "12,346", "1.234e-05"]
     assert re.sub(r"\s", " ", shown(1.23456, 0.0345)) == "1.235 ± 0.035" and shown(-12.3, 15.0).startswith("-12\xa0±")
-    assert [duration(s) for s in (None, 59, 150, 3600, 4980, 200_000)] == [
-        "–", "59 s", "2 min 30 s", "60 min", "83 min", "2 d 7 h",
+    assert [duration(s) for s in (None, 59, 120, 150, 3600, 4980, 7500, 200_000)] == [
+        "–", "59 s", "2 min 0 s", "2 min 30 s", "60 min", "83 min", "2 h 5 min", "2 d 7 h",
     ]  # fmt: skip
     assert spread(4, 6) == [0, 1, 2, 3] and spread(12, 6) == [0, 2, 4, 7, 9, 11]
     points = [Point(1, None, 3.0), Point(2, None, 1.0), Point(3, None, 2.0)]

@@ -3,6 +3,7 @@
 import io
 import pickle
 import pickletools
+import re
 import sys
 import types
 
@@ -146,8 +147,10 @@ def family_of(config):
     [
         (described("VPPrecond", beta_d=19.9, beta_min=0.1, M=1000, epsilon_t=1e-5), VP()),
         (described("VPPrecond", beta_d=10, epsilon_t=1e-3), VP(beta_d=10.0, epsilon_t=1e-3)),
+        (described("VPPrecond", beta_min=0.2, M=500.0), VP(beta_min=0.2, num_scales=500)),
         (described("FDM_VPPrecond", fdm_multiplier=2.0), VP(momentum=Momentum(multiplier=2.0))),
         (described("VEPrecond", sigma_min=0.02, sigma_max=100), VE()),
+        (described("VEPrecond", sigma_max=50), VE(highest=50.0)),
         (
             described("FDM_VEPrecond", sigma_min=0.01, fdm_multiplier=2.0),
             VE(lowest=0.01, momentum=Momentum(multiplier=1.0)),
@@ -158,6 +161,12 @@ def family_of(config):
             EDM(momentum=Momentum(multiplier=1.0)),
         ),
         (
+            described("FDM_EDMPrecond", sigma_min=0.01, sigma_max=40.0),
+            EDM(lowest=0.01, highest=40.0, momentum=Momentum(multiplier=1.0)),
+        ),
+        (described(loss=Persistent("EDMLoss", {})), EDM()),
+        (described("VPPrecond", loss=Persistent("EDMLoss", {"P_mean": -1.0})), VP()),
+        (
             described(loss=Persistent("EDMLoss", {"P_mean": -1.0, "P_std": 1.4, "warmup_ite": 200.0})),
             EDM(P_mean=-1.0, P_std=1.4),
         ),
@@ -165,6 +174,16 @@ def family_of(config):
 )
 def test_families(snapshot, family):
     assert family_of(config_of(snapshot)) == family
+
+
+def test_numbers_keep_their_kind():
+    scales = config_of(described("VPPrecond", M=500.0))["family"]["num_scales"]
+    assert scales == 500 and isinstance(scales, int)
+
+
+def test_an_augmentation_that_the_network_is_not_told_of():
+    ema, pipe = described().ema, Persistent("AugmentPipe", {"p": 0.12})
+    assert config_of(Snapshot(ema, None, pipe))["augment"] == {"labels": False}
 
 
 def test_defaults_of_the_originals_network():
@@ -214,6 +233,7 @@ def endless():
         (described(network={"augment_dim": 6}), "has 6 augment labels"),
         (described("FDM_EDMPrecond", fdm_beta_d=10.0), "fdm_beta_d is 10.0"),
         (described("VPPrecond", beta_d="x"), "its beta_d is no number"),
+        (described("VPPrecond", beta_d=True), "its beta_d is no number"),
     ],
 )
 def test_networks_that_are_not_here(snapshot, words):
@@ -402,6 +422,12 @@ def test_tensors_outside_of_all_modules():
     for name in ("foo", "model.foo", "enc.foo"):
         with pytest.raises(UserError, match="There is no module for the tensor"):
             from_torch({name: np.zeros((2, 2), np.float32)})
+
+
+def test_tensors_of_as_many_dimensions_as_no_layer_has():
+    for shape in ((), (2, 2, 2), (2, 2, 2, 2, 2)):
+        with pytest.raises(UserError, match=re.escape(f"map_layer0.weight has shape {shape}; 1, 2 or 4")):
+            from_torch({"map_layer0.weight": np.zeros(shape, np.float32)})
 
 
 class EasyDict(dict):
