@@ -104,6 +104,12 @@ def _whether_read_or_not() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
+def significant(value: float, digits: int = 4) -> str:
+    """A number of so many digits, or of all those before the point: 0.1235, 12,346."""
+    whole = 10**digits - 0.5 <= abs(value) < 1e15  # what is rounded up to one digit more is whole as well
+    return f"{value:,.0f}" if whole else f"{value:.{digits}g}"
+
+
 def duration(seconds: float) -> str:
     """1:02:03 or 2:03."""
     minutes, s = divmod(int(seconds), 60)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from fdm_jax.progress import Progress, say
+from fdm_jax.progress import Progress, say, significant
 
 
 @pytest.fixture(params=["pipe", "terminal"])
@@ -21,6 +21,26 @@ def unread(request, monkeypatch):
     with os.fdopen(writer, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         yield lambda: os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "shown"),
+    [
+        (0.123456, 4, "0.1235"),
+        (1.5, 3, "1.5"),
+        (999.4, 3, "999"),
+        (999.6, 3, "1,000"),  # and not 1e+03, as Python rounds it
+        (-4912.3, 3, "-4,912"),
+        (9999.5, 4, "10,000"),
+        (1.5e14, 4, "150,000,000,000,000"),
+        (1e30, 4, "1e+30"),
+        (0.0, 4, "0"),
+        (float("inf"), 4, "inf"),
+        (float("nan"), 4, "nan"),
+    ],
+)
+def test_digits_of_numbers(value, digits, shown):
+    assert significant(value, digits) == shown
 
 
 def test_work_goes_on_when_nobody_reads_of_it(unread):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from fdm_jax.cli.checks import need_positive
 from fdm_jax.errors import UserError, nearest
-from fdm_jax.progress import say
+from fdm_jax.progress import say, significant
 
 if TYPE_CHECKING:
     from fdm_jax.accounting import Accelerator, Plan
@@ -198,8 +198,9 @@ def render(plan: Plan, compiled: bool = False, compile_for: str | None = None) -
     ]
     lines = [plan.title, *(f"  {name:<15}{fact}" for name, fact in facts)]
     lines.append(
-        f"Estimates, not measurements: they assume that {plan.num_devices} x {device.title} reach {plan.utilisation:.0%} "
-        f"of the vendor's {device.peak_tflops(plan.dtype):g} TFLOP/s in {plan.dtype}, and are as good as that assumption."
+        f"Estimates, not measurements: they assume that {plan.num_devices} x {device.title} reach "
+        f"{significant(100 * plan.utilisation, 3)}% of the vendor's {device.peak_tflops(plan.dtype):g} TFLOP/s "
+        f"in {plan.dtype}, and are as good as that assumption."
         + ("" if plan.price is None else " The price is yours, and covers devices alone: no storage, no waiting.")
     )
     if not compiled:
@@ -261,7 +262,9 @@ def _cost(plan: Plan, flops: int) -> list[tuple[str, str]]:
     if plan.price is None:
         return []
     hours = plan.seconds(flops) / 3600 * plan.num_devices
-    return [("  cost", f"about ${plan.dollars(flops):,.2f}: {hours:.3g} device hours at ${plan.price:,.2f}")]
+    return [
+        ("  cost", f"about ${plan.dollars(flops):,.2f}: {significant(hours, 3)} device hours at ${plan.price:,.2f}")
+    ]
 
 
 def _size(count: int) -> str:
@@ -278,5 +281,5 @@ def _flops(count: int) -> str:
 def _duration(seconds: float) -> str:
     for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")):
         if seconds >= unit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds * 1000:.3g} ms"
+            return f"{significant(seconds / unit, 3)} {name}"
+    return f"{significant(seconds * 1000, 3)} ms"

@@ -34,6 +34,7 @@ from fdm_jax.cli.checks import need_positive
 from fdm_jax.cli.distributed import add_distributed_argument, joined
 from fdm_jax.cli.places import place_argument
 from fdm_jax.errors import UserError, nearest
+from fdm_jax.progress import significant
 from fdm_jax.whole_files import is_remote, remove_files, remove_folder, write_whole
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ def render(summary: dict[str, Any], top: int) -> str:
     s = summary
     noun = "sampling" if s["what"] == "sample" else "step"
     lines = [
-        f"{s['name']}, {s['what']}: {s['milliseconds']:.4g} ms of operations per {noun} of {s['batch_size']} images on "
+        f"{s['name']}, {s['what']}: {significant(s['milliseconds'])} ms of operations per {noun} of {s['batch_size']} images on "
         f"{s['devices']} x {s['device']}, {s['dtype']}, jax {s['jax']}; mean of {s['steps']}."
     ]
     if s["processes"] > 1:
@@ -307,12 +308,15 @@ def render(summary: dict[str, Any], top: int) -> str:
             more = ""
             if "operation" in row:
                 more = "  " + ", ".join(dict.fromkeys((row["category"], row["module"], row["pass"])))
-            lines.append(f"{row['milliseconds']:>10.4g} {row['share']:>6.1%}  {name:<{WIDTH if more else 0}}{more}")
+            lines.append(
+                f"{significant(row['milliseconds']):>10} {row['share']:>6.1%}  {name:<{WIDTH if more else 0}}{more}"
+            )
     lines.append("")
     for device, found in s["idle"].items():
         lost = found["idle"] if found["between"] is None else found["between"]
         lines.append(
-            f"{device}: idle {found['idle']:.2%} of {found['window']:.4g} ms, at most {found['longest_gap']:.3g} ms at a time"
+            f"{device}: idle {found['idle']:.2%} of {significant(found['window'])} ms, "
+            + f"at most {significant(found['longest_gap'], 3)} ms at a time"
             + (f"; {lost:.2%} between one program and the next" if found["between"] is not None else "")
             + (f"; more than {IDLE_SHARE:.0%} is lost time." if lost > IDLE_SHARE else ".")
         )

@@ -8,6 +8,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 
+from fdm_jax.progress import significant
 from fdm_jax.reporting.runs import Run
 
 ABSENT = "–"
@@ -99,7 +100,7 @@ def shown(value: float | None, deviation: float | None = None) -> str:
     if deviation:
         digits = min(max(1 - math.floor(math.log10(abs(deviation))), 0), 8)
         return f"{value:.{digits}f}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{deviation:.{digits}f}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return significant(value)
 
 
 def counted(n: float) -> str:
@@ -111,10 +112,11 @@ def duration(seconds: float | None) -> str:
     """5000 -> "1 h 23 min"."""
     if seconds is None:
         return ABSENT
+    seconds = round(seconds)
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{seconds} s"
     if seconds < 600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+        return f"{seconds // 60} min {seconds % 60} s"
     minutes = round(seconds / 60)
     if minutes < 120:
         return f"{minutes} min"

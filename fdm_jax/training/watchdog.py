@@ -9,7 +9,7 @@ from types import TracebackType
 
 import jax
 
-from fdm_jax.progress import Progress, say
+from fdm_jax.progress import Progress, say, significant
 
 # Seconds before the first word; the next come after twice, four times, ... as long.
 PATIENCE = 600.0
@@ -53,7 +53,9 @@ class Watchdog:
                 seen, due = now, patience
             since, what = now
             if (waited := time.monotonic() - since) >= due:
-                self._say(f"{self._prefix}Nothing has moved for {waited / 60:.3g} minutes: waiting for {what}.")
+                self._say(
+                    f"{self._prefix}Nothing has moved for {significant(waited / 60, 3)} minutes: waiting for {what}."
+                )
                 due = 2 * waited
 
 

@@ -18,6 +18,10 @@ from fdm_jax.reporting.runs import PALETTE, Point, Run, best_of, colours, find_p
 
 SIGMAS = (0.02, 0.2, 2.0)
 EMPTY = {"img", "meta"}
+ELEMENTS = EMPTY | set(
+    "html head title style body main section h1 h2 h3 p div table thead tbody tr th td "
+    "span small ul li figure figcaption details summary".split()
+)
 
 
 def config(momentum, **fields):
@@ -92,6 +96,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
+        assert text.startswith("<!DOCTYPE html>\n<html")
         self.open, self.text, self.images, self.rows, self.attributes = [], [], [], [], []
         self.feed(text)
         self.close()
@@ -100,6 +105,7 @@ class Page(html.parser.HTMLParser):
         self.rows = [[" ".join(cell.split()) for cell in row] for row in self.rows]
 
     def handle_starttag(self, tag, attrs):
+        assert tag in ELEMENTS
         self.attributes += attrs
         if tag == "img":
             self.images.append(dict(attrs))
@@ -391,6 +397,7 @@ def test_sweeps(report, tmp_path):
     assert page.plots().count(title) == 1
     assert page.row("a", "unipc-2", "5")[3:] == ["0.0400 ± 0.0010", "20"]
     assert sum(row[:3] == ["a", "heun", "9"] for row in page.rows) == 1
+    assert any(row[:3] == ["run", "solver", "NFE"] and len(row) == 5 for row in page.rows)
     assert sorted(row[4] for row in page.rows if row[:3] == ["b", "heun", "5"]) == ["20", "–"]
     assert "Fréchet distance (pixels), 50 images" in page.words and "FID" not in page.words
 
@@ -487,10 +494,12 @@ def test_a_page_that_cannot_be_written(tmp_path, capsys, monkeypatch):
 
 
 def test_numbers_for_people():
-    assert [shown(v) for v in (None, 0.123456, 12345.6, 0.00001234)] == ["–", "0.1235", "12,346", "1.234e-05"]
+    assert [shown(v) for v in (None, 0.123456, 9999.7, 12345.6, 0.00001234)] == [
+        "–", "0.1235", "10,000", "12,346", "1.234e-05",
+    ]  # fmt: skip
     assert re.sub(r"\s", " ", shown(1.23456, 0.0345)) == "1.235 ± 0.035" and shown(-12.3, 15.0).startswith("-12\xa0±")
-    assert [duration(s) for s in (None, 59, 120, 150, 3600, 4980, 7500, 200_000)] == [
-        "–", "59 s", "2 min 0 s", "2 min 30 s", "60 min", "83 min", "2 h 5 min", "2 d 7 h",
+    assert [duration(s) for s in (None, 59, 120, 150, 179.7, 3600, 4980, 7500, 200_000)] == [
+        "–", "59 s", "2 min 0 s", "2 min 30 s", "3 min 0 s", "60 min", "83 min", "2 h 5 min", "2 d 7 h",
     ]  # fmt: skip
     assert spread(4, 6) == [0, 1, 2, 3] and spread(12, 6) == [0, 2, 4, 7, 9, 11]
     points = [Point(1, None, 3.0), Point(2, None, 1.0), Point(3, None, 2.0)]
