@@ -64,7 +64,7 @@ class Progress:
             speed = ""
             if img_per_s > 0:
                 left = (self._total - self._done) / img_per_s
-                speed = f"{img_per_s:,.0f} img/s  {duration(left)} left"
+                speed = f"{significant(img_per_s, 3)} img/s  {duration(left)} left"
             self.say(
                 f"{self._done:>11,} of {self._total:,} images ({self._done / self._total:4.0%})  {note}"
                 f"{'  ' if note else ''}{speed}".rstrip()

@@ -63,7 +63,7 @@ def test_a_line_a_minute_and_at_the_end(monkeypatch, capsys):
     assert capsys.readouterr().err.split("\n") == [
         "        222 of 500 images ( 44%)  evaluating  2 img/s  2:19 left",
         "        344 of 500 images ( 69%)  evaluating  2 img/s  1:18 left",
-        "        500 of 500 images (100%)  evaluating  3 img/s  0:00 left",
+        "        500 of 500 images (100%)  evaluating  3.2 img/s  0:00 left",
         "",
     ]
 

@@ -189,7 +189,7 @@ def render(plan: Plan, compiled: bool = False, compile_for: str | None = None) -
         ("  state", f"{_size(plan.state_bytes)}: {share}parameters, gradients, Adam's moments, EMA; float32{gathered}"),
         ("  activations", f"about {_size(plan.activation_bytes)}: {at_once} at a time; {plan.dtype}"),
         ("training", f"{plan.steps:,} steps of {plan.batch_size:,} images, {_flops(training)}"),
-        ("  speed", f"about {plan.images_per_second:,.0f} img/s, {_duration(step_seconds)} per step"),
+        ("  speed", f"about {significant(plan.images_per_second, 3)} img/s, {_duration(step_seconds)} per step"),
         ("  time", f"about {_duration(plan.seconds(training))}"),
         *_cost(plan, training),
         ("sampling", f"{SAMPLES:,} images at {plan.nfe} NFE, {_flops(sampling)}"),
