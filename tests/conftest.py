@@ -33,7 +33,7 @@ import pytest
 from fdm_jax.experiment import Experiment
 from fdm_jax.xla_flags import avoid_slow_convolutions
 
-# Python looks for cycles among the millions of objects that JAX's traces leave: at its usual pace 6 % of the tests' time.
+# Python looks for cycles among the objects that JAX's traces leave: at its usual pace 6 % of the tests' time.
 gc.set_threshold(50_000, 10, 10)
 
 avoid_slow_convolutions()  # as the program does, so that tests share compiled programs with those that they start
