@@ -1,4 +1,4 @@
-"""How long work goes, for the eye: a bar on a terminal, lines in a log."""
+"""How long work goes, for the eye: a bar on a terminal, lines in a log, and numbers as people read them."""
 
 from __future__ import annotations
 
