@@ -263,8 +263,16 @@ def _cost(plan: Plan, flops: int) -> list[tuple[str, str]]:
         return []
     hours = plan.seconds(flops) / 3600 * plan.num_devices
     return [
-        ("  cost", f"about ${plan.dollars(flops):,.2f}: {significant(hours, 3)} device hours at ${plan.price:,.2f}")
+        (
+            "  cost",
+            f"about {_dollars(plan.dollars(flops))}: {significant(hours, 3)} device hours at {_dollars(plan.price)}",
+        )
     ]
+
+
+def _dollars(value: float) -> str:
+    """To the cent, and what is less than a dime to two digits: a price is never shown as nothing."""
+    return f"${value:,.2f}" if value >= 0.0995 else f"${value:.2g}"
 
 
 def _size(count: int) -> str:

@@ -65,6 +65,9 @@ def test_cost():
     assert "about $81.38: 20.3 device hours at $4.00" in text  # 9155 s x 8 devices
     assert "about $0.24: 0.0593 device hours at $4.00" in text  # 26.7 s of sampling
     assert "The price is yours" in text
+    cheap = plan.render(dataclasses.replace(CIFAR10, price=0.04))
+    assert "device hours at $0.04" in cheap and "about $0.0024: 0.0593 device hours" in cheap
+    assert "device hours at $0.10" in plan.render(dataclasses.replace(CIFAR10, price=0.0996))
     slow = plan.render(dataclasses.replace(priced, utilisation=0.005))  # 70 times as long
     assert ": 1,424 device hours at $4.00" in slow and "reach 0.5% of the vendor's" in slow
     assert priced.dollars(priced.training_flops) == pytest.approx(9155.3 / 3600 * 8 * 4, rel=1e-3)
