@@ -15,6 +15,7 @@ from fdm_jax.momentum import Momentum
 from fdm_jax.sampling import Churn, edm_sample, edm_sigmas, sampling_range
 from fdm_jax.sampling.edm import evaluation_sigmas
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite, levels_of
+from fdm_jax.sampling.grids import GRIDS, log_snr_sigmas, vp_time_sigmas
 from fdm_jax.sampling.seeds import choose_labels, churn_noise, dequantise, labels, latents, signs, to_uint8
 
 
@@ -145,15 +146,22 @@ def test_the_range_bounds_a_named_grid_unless_told_otherwise(grid):
     np.testing.assert_array_equal(levels_of([5.0, 0.001, 0.0], VE(), 0.002, 80.0, 7.0)(9), [5, 0.001, 0])
 
 
-@pytest.mark.parametrize("bad", [0, -3])
-def test_bad_steps(bad):
-    with pytest.raises(UserError, match=f"sampling steps must be 1 or more, and is {bad}"):
-        edm_sigmas(bad)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_bad_steps_and_ranges(grid):
+    for bad in (0, -3):
+        with pytest.raises(UserError, match=f"sampling steps must be 1 or more, and is {bad}"):
+            GRIDS[grid](bad, 0.002, 80.0)
+    for low, high in ((2.0, 1.0), (1.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (1.0, np.inf), (np.nan, 1.0)):
+        with pytest.raises(UserError, match=f"0 < sigma_min < sigma_max, and is {low} to {high}"):
+            GRIDS[grid](5, low, high)
+
+
+@pytest.mark.parametrize("grid", [edm_sigmas, log_snr_sigmas, vp_time_sigmas])
+def test_grids_go_from_80_to_0_unless_told_otherwise(grid):
+    np.testing.assert_allclose(grid(3)[[0, -2, -1]], [80, 0.002, 0], rtol=1e-12)
 
 
 def test_bad_grids():
-    with pytest.raises(UserError, match="0 < sigma_min < sigma_max"):
-        edm_sigmas(5, 2.0, 1.0)
     with pytest.raises(UserError, match="fall strictly"):
         edm_sample(lambda x, s: x, jnp.ones((1, 1, 1, 1)), np.asarray([1.0, 2.0, 0.0]))
     with pytest.raises(UserError, match="noise_fn"):
