@@ -153,7 +153,7 @@ def samples(runs: Sequence[Run]) -> list[Html]:
 
 
 def _grid(run: Run, nimg: int, png: bytes, class_: str | None = None, title: Html | None = None) -> Html:
-    caption = joined([title, ", " if title else ""]) if title else Html()
+    caption = joined([title, ", "]) if title else Html()
     alt = f"samples of {run.name} after {nimg:,} images"
     return element("figure", picture(png, alt, class_), element("figcaption", caption, f"{counted(nimg)} images"))
 

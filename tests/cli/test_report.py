@@ -97,7 +97,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         assert text.startswith("<!DOCTYPE html>\n<html")
-        self.open, self.text, self.images, self.rows, self.attributes = [], [], [], [], []
+        self.open, self.text, self.images, self.rows, self.attributes, self.headings = [], [], [], [], [], []
         self.feed(text)
         self.close()
         assert not self.open
@@ -123,6 +123,8 @@ class Page(html.parser.HTMLParser):
         if "style" in self.open:
             return
         self.text.append(data)
+        if self.open[-1:] == ["h2"]:
+            self.headings.append(data)
         if self.open and {"td", "th"} & set(self.open):
             self.rows[-1][-1] += data
 
@@ -185,6 +187,10 @@ def test_two_runs(report, tmp_path):
         "Held-out error at each noise level, last evaluation", "Held-out error at some noise levels, over training",
     ]  # fmt: skip
     assert "Training losses are of each family's own weights" in page.words
+    assert "Training compute is images seen times the operations of one image" in page.words
+    assert "fdm after 6,000 images; plain after 6,000 images." in page.words
+    assert page.words.count("Fast Diffusion Model: 2 runs") == 2  # the title, and the heading
+    assert page.headings == ["Runs", "Results", "Curves", "Error by noise level"]
 
 
 def test_the_share_is_given_only_if_fdm_got_there(report, tmp_path):
@@ -232,7 +238,7 @@ def test_an_old_run_alone(report, tmp_path):
     (run / "config.json").write_text(json.dumps(fields))
     write_rows(run, read_rows(run), end='{"step": 13, "ni')
     page = report(run)
-    assert page.plots() == ["Training loss"]
+    assert page.plots() == ["Training loss"] and page.words.count("Fast Diffusion Model: old") == 2
     assert page.row("old")[6:8] == ["6,000", "–"] and page.row("run", "training loss") == ["run", "training loss"]
     assert "No wall time was recorded for old." in page.words
     for absent in ("configurations differ", "Error by noise level", "Samples", "function evaluations", "against"):
@@ -325,10 +331,12 @@ def test_sample_grids(report, tmp_path):
     whole = (run / "samples" / "000000000500.png").read_bytes()
     for nimg, size in ((7000, 9), (8000, len(whole) - 5)):  # of a disk that was full
         (run / "samples" / f"{nimg:012d}.png").write_bytes(whole[:size])
-    grids = [image for image in report(run).images if image.get("class") != "plot"]
+    page = report(run)
+    grids = [image for image in page.images if image.get("class") != "plot"]
     assert [image["alt"] for image in grids] == [
         f"samples of run after {nimg:,} images" for nimg in (6000, 500, 1500, 2500, 4000, 5000)
     ]
+    assert "Samples run , 6,000 images run , earlier 500 images 1,500 images" in page.words
     assert grids[0]["class"] == "last" and (grids[0]["width"], grids[0]["height"]) == ("19", "19")
     for path in sorted((run / "samples").glob("0*.png"))[1:12]:
         path.write_bytes((run / "samples" / "000000000500.png").read_bytes())
@@ -394,7 +402,7 @@ def test_sweeps(report, tmp_path):
     write_sweep(b / "sweep", tmp_path / "moved", frechet=False)  # whose workdir had another name
     page = report(a, b, sweeps=[write_sweep(tmp_path / "elsewhere", b), a / "sweep-1"])
     title = "By solver and number of function evaluations (NFE)"
-    assert page.plots().count(title) == 1
+    assert page.plots().count(title) == 1 and page.headings[-1] == "Quality against function evaluations"
     assert page.row("a", "unipc-2", "5")[3:] == ["0.0400 ± 0.0010", "20"]
     assert sum(row[:3] == ["a", "heun", "9"] for row in page.rows) == 1
     assert any(row[:3] == ["run", "solver", "NFE"] and len(row) == 5 for row in page.rows)
