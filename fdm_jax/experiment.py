@@ -195,8 +195,8 @@ def _train_spec(config: ConfigDict, num_classes: int) -> TrainSpec:
             wanted = "finite" if value >= least else f"{least} or more"
             raise UserError(f"{name} must be {wanted}, and is {value}.")
     # Signed and unsigned numbers of 32 bits on the devices; an image that is generated has a seed.
-    for name, bits in (("seed", 31), ("warmup_steps", 31), ("eval.num_images", 32)):
-        if (value := _field(config, name)) >= 2**bits:
+    for name, bits in (("seed", 31), ("warmup_steps", 31), ("eval.num_images", 32), ("data.num_classes", 31)):
+        if (value := _field(config, name) or 0) >= 2**bits:  # without classes it is None
             raise UserError(f"{name} must be below 2^{bits}, and is {value}.")
     for name in ("threads", "workers"):
         if config.data[name] > MAX_READERS:

@@ -97,7 +97,8 @@ class PreparedSource(Source):
             if split not in info.splits and not any(c in split for c in "+["):
                 known = ", ".join([*info.splits, "all"])
                 raise UserError(f"{info.name} has no split {split!r}: choose one of {known}.") from error
-            raise UserError(f"the split {split!r} of {info.name} cannot be had ({error}).") from error
+            said = " ".join(str(error).split())  # TFDS says it in lines
+            raise UserError(f"the split {split!r} of {info.name} cannot be had ({said}).") from error
         names = tuple(label.names) if label is not None else ()
         if label is not None and len(names) != label.num_classes:  # TFDS does not compare them
             raise damaged(folder, ValueError(f"it has {len(names)} names for {label.num_classes} classes"))

@@ -191,6 +191,12 @@ def test_two_runs(report, tmp_path):
     assert "fdm after 6,000 images; plain after 6,000 images." in page.words
     assert page.words.count("Fast Diffusion Model: 2 runs") == 2  # the title, and the heading
     assert page.headings == ["Runs", "Results", "Curves", "Error by noise level"]
+    assert page.words.count("On images not trained on, with one weighting of noise levels for all families.") == 1
+    assert page.attributes[2:6] == [
+        ("name", "viewport"), ("content", "width=device-width, initial-scale=1"),
+        ("http-equiv", "Content-Security-Policy"),
+        ("content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'"),
+    ]  # fmt: skip
 
 
 def test_the_share_is_given_only_if_fdm_got_there(report, tmp_path):
