@@ -21,6 +21,7 @@ from fdm_jax.families import Family, make_family
 from fdm_jax.momentum import Momentum
 from fdm_jax.networks import SongUNet
 from fdm_jax.sampling.generate import GenerateFn, ModelDenoiser, make_generate_fn, make_model_denoiser
+from fdm_jax.sampling.grids import MAX_STEPS
 from fdm_jax.sampling.seeds import choose_labels
 from fdm_jax.training.parallel import Parallel, parallelise
 from fdm_jax.training.step import TrainSpec, make_train_step
@@ -198,9 +199,9 @@ def _train_spec(config: ConfigDict, num_classes: int) -> TrainSpec:
     for name, bits in (("seed", 31), ("warmup_steps", 31), ("eval.num_images", 32), ("data.num_classes", 31)):
         if (value := _field(config, name) or 0) >= 2**bits:  # without classes it is None
             raise UserError(f"{name} must be below 2^{bits}, and is {value}.")
-    for name in ("threads", "workers"):
-        if config.data[name] > MAX_READERS:
-            raise UserError(f"data.{name} must be at most {MAX_READERS}, and is {config.data[name]}.")
+    for name, most in (("data.threads", MAX_READERS), ("data.workers", MAX_READERS), ("samples.steps", MAX_STEPS)):
+        if (value := _field(config, name)) > most:
+            raise UserError(f"{name} must be at most {most}, and is {value}.")
     if not 0 <= config.augment.probability <= 1:
         raise UserError(f"augment.probability must be from 0 to 1, and is {config.augment.probability}.")
     return TrainSpec(

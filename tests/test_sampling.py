@@ -148,8 +148,9 @@ def test_the_range_bounds_a_named_grid_unless_told_otherwise(grid):
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_bad_steps_and_ranges(grid):
-    for bad in (0, -3):
-        with pytest.raises(UserError, match=f"sampling steps must be 1 or more, and is {bad}"):
+    assert len(GRIDS[grid](100_000, 0.002, 80.0)) == 100_001
+    for bad in (0, -3, 100_001, 10**30):
+        with pytest.raises(UserError, match=f"sampling steps must be from 1 to 100,000, and is {bad}"):
             GRIDS[grid](bad, 0.002, 80.0)
     for low, high in ((2.0, 1.0), (1.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (1.0, np.inf), (np.nan, 1.0)):
         with pytest.raises(UserError, match=f"0 < sigma_min < sigma_max, and is {low} to {high}"):

@@ -269,6 +269,7 @@ def test_grids():
         (("hoin", 5, edm_sigmas), "no solver 'hoin': did you mean 'heun'"),
         (("dpmpp", 1, edm_sigmas), "dpmpp takes 2 steps or more, not 1"),
         (("heun", 0, edm_sigmas), "heun takes 1 step or more, not 0"),
+        (("dpmpp", 10**20, edm_sigmas), "steps must be from 1 to 100,000, and is 100000000000000000000"),
         (("euler", 3, [3.0, 2.0, 0.0]), "3 steps of euler go through 3 noise levels and 0, and 2 are given"),
         (("euler", 2, [2.0, 3.0, 0.0]), "fall strictly"),
         (("euler", 2, [2.0, 2.0, 0.0]), "fall strictly"),

@@ -10,6 +10,8 @@ import numpy as np
 from fdm_jax.errors import UserError
 from fdm_jax.families import Family
 
+MAX_STEPS = 100_000  # a hundred times those that samplers take; far more would fill the memory
+
 
 def sampling_range(family: Family, sigma_min: float = 0.002, sigma_max: float = 80.0) -> tuple[float, float]:
     """The part of [sigma_min, sigma_max] that lies in the family's own range."""
@@ -25,8 +27,8 @@ def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0
       [num_steps + 1].
 
     Raises:
-      UserError: fewer than one step, a range that is none, or a rho that is 0, not finite, or of a size that loses the
-        ends of the range in rounding.
+      UserError: fewer than one step or more than 100,000, a range that is none, or a rho that is 0, not finite, or of a
+        size that loses the ends of the range in rounding.
     """
     _check(num_steps, sigma_min, sigma_max)
     if not (rho and math.isfinite(rho)):
@@ -70,9 +72,14 @@ def vp_time_sigmas(
 
 
 def _check(num_steps: int, sigma_min: float, sigma_max: float) -> None:
-    if num_steps < 1:
-        raise UserError(f"The number of sampling steps must be 1 or more, and is {num_steps}.")
+    check_steps(num_steps)
     check_range(sigma_min, sigma_max)
+
+
+def check_steps(num_steps: int) -> None:
+    """Raise a UserError unless 1 <= num_steps <= MAX_STEPS."""
+    if not 1 <= num_steps <= MAX_STEPS:
+        raise UserError(f"The number of sampling steps must be from 1 to {MAX_STEPS:,}, and is {num_steps}.")
 
 
 def check_range(sigma_min: float, sigma_max: float) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.sampling.dpm import multistep_calls, singlestep_calls, singlestep_orders
 from fdm_jax.sampling.edm import Churn, edm_calls
+from fdm_jax.sampling.grids import check_steps
 from fdm_jax.sampling.linear import Call
 from fdm_jax.sampling.multistep import deis_calls, ipndm_calls, unipc_calls
 from fdm_jax.sampling.stochastic import ancestral_calls, sde_dpm_calls
@@ -101,7 +102,7 @@ def make_calls(
       churn: for heun and euler.
 
     Raises:
-      UserError: an unknown solver, too few steps, churn for a solver that has none, or a grid that does not fit.
+      UserError: an unknown solver, too few or too many steps, churn for a solver that has none, or a grid that does not fit.
     """
     if name not in SOLVERS:
         raise UserError(f"There is no solver {name!r}: {nearest(name, SOLVERS)}")
@@ -110,6 +111,7 @@ def make_calls(
         raise UserError(
             f"The solver {name} takes {solver.min_steps} step{'s' * (solver.min_steps > 1)} or more, not {steps}."
         )
+    check_steps(steps)
     points = solver.points(steps)
     sigmas = grid(points) if callable(grid) else np.asarray(grid, np.float64)
     if len(sigmas) != points + 1:

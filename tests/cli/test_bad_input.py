@@ -34,6 +34,7 @@ def refused(capsys, arguments, started=False):
         ("--config.train.batch_size=20", "train.batch_size is 20, and must divide by 8 device(s)"),
         ("--config.data.workers=4294967296", "data.workers must be at most 1024, and is 4294967296"),
         ("--config.data.num_classes=9223372036854775808", "data.num_classes must be below 2^31"),
+        ("--config.samples.steps=100001", "samples.steps must be at most 100000, and is 100001"),
         ("--config.data.threads=1025", "data.threads must be at most 1024, and is 1025"),
         ("--config.train.accumulation=4", "must divide by 8 device(s) times 4 round(s)"),
         ("--config.train.batch_size=0", "train.batch_size must be 1 or more, and is 0"),
