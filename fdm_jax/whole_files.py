@@ -25,6 +25,7 @@ from fdm_jax.errors import UserError
 from fdm_jax.storage_errors import disk_full, refusal, system_fails
 
 _REMOTE = "gs://"
+DEVICES = Path("/dev")
 
 
 # --- Places ---
@@ -108,6 +109,8 @@ def check_utf8(path: Path) -> None:
 def replace_file(path: Path, write: Callable[[Path], Any], flush: bool = True) -> None:
     """Let ``write`` fill a local file, which then takes the final one's place; its folder must be there.
 
+    What is no file of a disk keeps its place, and is given the content: /dev/null (root could replace it), a pipe.
+
     Args:
       path, write: which, and how.
       flush: wait until the disk has it: a machine that loses its power right after may else leave an empty file.
@@ -115,13 +118,19 @@ def replace_file(path: Path, write: Callable[[Path], Any], flush: bool = True) -
     Raises:
       OSError: it cannot be written.
     """
-    if is_remote(path):
+    if is_remote(path) or _is_device(path):
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / path.name
             write(local)
-            # One request, or for a large file one upload of several, which is there when it is finished.
-            filesystem().put_file(os.fspath(local), os.fspath(path))
+            if is_remote(path):
+                # One request, or for a large file one upload of several, which is there when it is finished.
+                filesystem().put_file(os.fspath(local), os.fspath(path))
+            else:
+                with local.open("rb") as made, path.open("wb") as device:
+                    shutil.copyfileobj(made, device)
         return
+    if path.parent == DEVICES:
+        path = path.resolve()  # /dev/stdout is a link, to a file of the shell's perhaps
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
@@ -133,6 +142,11 @@ def replace_file(path: Path, write: Callable[[Path], Any], flush: bool = True) -
         with contextlib.suppress(OSError):  # which is not what went wrong first
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _is_device(path: Path) -> bool:
+    """Whether it is there, and is neither a folder nor a file of a disk."""
+    return path.exists() and not path.is_dir() and not path.is_file()
 
 
 def write_whole(path: Path, write: Callable[[Path], Any], flush: bool = True) -> None:

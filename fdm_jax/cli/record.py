@@ -90,7 +90,7 @@ class Record:
         self.rows: list[dict[str, Any]] = []
         try:
             make_folder(path.parent)
-            if path.exists() and (text := path.read_text()):
+            if path.is_file() and (text := path.read_text()):  # devices are written only: /dev/stdout, a pipe
                 self._read(text, settings)
             else:
                 self._begin(settings)

@@ -1,7 +1,9 @@
 """`fdm likelihood` on the tiny run: per image, whatever the batch, continued, refused."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +90,20 @@ def test_settings_without_results_stand_in_nobodys_way(tmp_path):
         Record(tmp_path / "bits.jsonl", {"tolerance": 1e-12})
     with pytest.raises(UserError, match="in/it cannot be written: Not a directory; give another --out."):
         Record(tmp_path / "bits.jsonl" / "in" / "it", {"tolerance": 1e-12})
+
+
+def test_a_terminal_is_written_and_not_read():
+    """As /dev/stdout is."""
+    master, slave = os.openpty()
+    try:
+        Record(Path(os.ttyname(slave)), {"tolerance": 1e-5}).add({"index": 0})
+        shown = b""
+        while shown.count(b"\n") < 2:
+            shown += os.read(master, 1000)
+        assert shown.splitlines() == [b'{"settings": {"tolerance": 1e-05}}', b'{"index": 0}']
+    finally:
+        os.close(slave)
+        os.close(master)
 
 
 def test_other_data_of_the_same_name_is_refused(straight_run, tmp_path, capsys):
