@@ -80,6 +80,8 @@ def main(argv: Sequence[str]) -> int:
     args, command = parse(made, argv)
     need_command(command)
     need_positive(args, "processes", "devices_per_process", "port")
+    if args.port is not None and args.port > 65535:
+        raise Refusal(f"--port must be at most 65535, and is {args.port}.")
     environments = [environment(i, args) for i in range(count_processes(args))]
 
     def commands() -> list[list[str]]:

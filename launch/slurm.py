@@ -36,6 +36,7 @@ from common import (
 )
 
 TIMES = r"(\d+-)?\d+(:\d+){0,2}"  # minutes, minutes:seconds, hours:minutes:seconds, days-hours, ...
+WORD = r"[^\s/\\\"'#]+"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,6 +64,9 @@ def main(argv: Sequence[str]) -> int:
     need_positive(args, "nodes", "gpus_per_node", "cpus_per_gpu", "save_seconds")
     if not re.fullmatch(TIMES, args.time):
         raise Refusal(f"--time must be as Slurm writes it, such as 24:00:00 or 2-00:00:00, and is {args.time!r}.")
+    for name in ("job_name", "partition", "account"):  # the first is part of names of files
+        if (value := getattr(args, name)) and not re.fullmatch(WORD, value):
+            raise Refusal(f"--{name.replace('_', '-')} must be one word without slashes and quotes, and is {value!r}.")
     for given in args.sbatch:
         if not given.startswith("-") or "\n" in given:
             raise Refusal(f"--sbatch takes one option of sbatch, such as --sbatch=--mem=200G, and is {given!r}.")

@@ -110,7 +110,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     """
     import jax
 
-    for case in configured_case(args) if args.config else builtin_cases(args):
+    for case in builtin_cases(args) if args.config is None else configured_case(args):
         batch, rounds = case.spec.batch_size, case.spec.accumulation
         if batch % (jax.device_count() * rounds):
             raise UserError(

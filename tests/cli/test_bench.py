@@ -43,6 +43,7 @@ def test_both_measurements(capsys, matmul):
     ("wrong", "sentence"),
     [
         ("--what=training", "--what cannot be 'training': did you mean 'train'?"),
+        ("--config=", "There is no configuration file ''"),
         ("--steps=0", "--steps must be 1 or more, and is 0."),
         ("--remat=8,fine", "--remat must be resolutions such as 32,16, and is '8,fine'."),
         ("--remat=16", "remat names the resolution 16, and the network's are [8, 4]."),

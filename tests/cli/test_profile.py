@@ -55,6 +55,7 @@ def test_words(profiled):
     ("wrong", "sentence"),
     [
         ("--what=training", "--what cannot be 'training': did you mean 'train'?"),
+        ("--config=", "There is no configuration file ''"),
         ("--steps=0", "--steps must be 1 or more, and is 0."),
         ("--out=/dev/null/profile", "--out=/dev/null/profile cannot be made: Not a directory."),
         ("--what=loop --config.parallel=pmap", "parallel=pmap compiles for the devices of this process only"),

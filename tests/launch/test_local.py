@@ -100,6 +100,7 @@ def test_quoting_of_a_dry_run(local):
         (["--processes=2"], "The fdm command comes after --"),
         (["--processes=0", "--", "train"], "--processes must be 1 or more, and is 0."),
         (["--processes=9999999", "--", "train"], "--processes can be 1024 at most, on one machine, and is 9999999."),
+        (["--port=65536", "--", "train"], "--port must be at most 65535, and is 65536."),
         (["--gpus=0,x", "--", "train"], "--gpus must be different numbers"),
         (["--gpus=0,0", "--", "train"], "--gpus must be different numbers"),
         (["--gpus=0,1,2", "--processes=2", "--", "train"], "3 GPUs cannot be dealt evenly to --processes=2."),

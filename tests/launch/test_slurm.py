@@ -181,6 +181,8 @@ def test_lines_of_setup_may_be_careless(slurm):
     [
         (["--nodes=0", *TRAIN], "--nodes must be 1 or more, and is 0."),
         (["--time=tomorrow", *TRAIN], "--time must be as Slurm writes it"),
+        (["--job-name=a b", *TRAIN], "--job-name must be one word without slashes and quotes, and is 'a b'."),
+        (["--partition=a\n#SBATCH --nice", *TRAIN], "--partition must be one word"),
         (["--sbatch=mem=1G", *TRAIN], "--sbatch takes one option of sbatch"),
         (["--script=no/such/folder/x", *TRAIN], "no/such/folder/x cannot be written: No such file or directory."),
         (["--nodes=2"], "The fdm command comes after --"),
