@@ -220,6 +220,20 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def check_unclaimed(folder: Path, names: Iterable[str], option: str) -> None:
+    """Refuse a folder of somebody's, such as the current one, whose files a command would write over.
+
+    Args:
+      folder, names: where, and which; they may be folders.
+      option: that gives the folder.
+
+    Raises:
+      UserError: one of them is there.
+    """
+    if there := [name for name in names if (folder / name).exists()]:
+        raise UserError(f"{folder} holds {', '.join(there)} of something else: give another {option}.")
+
+
 def file_sizes(folder: Path) -> dict[str, int]:
     """Names of the files in a folder, and their bytes; objects are asked for together, not one by one."""
     try:

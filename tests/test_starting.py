@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from fdm_jax.cli.config import load
+from fdm_jax.defaults import recipe, to_json
 from fdm_jax.devices import make_mesh, replicated, sharded
 from fdm_jax.errors import UserError
 from fdm_jax.experiment import Experiment
@@ -25,6 +26,25 @@ def state(placed):
     """A million parameters and their average, 4 bytes each: 8 MB."""
     numbers = jax.ShapeDtypeStruct((1000, 1000), jnp.float32, sharding=placed(make_mesh()))
     return State(params={"kernel": numbers}, ema={"kernel": numbers})
+
+
+@pytest.mark.parametrize(
+    "name, content", [("config.json", '{"mine": 1}'), ("config.json", "mine"), ("metrics.jsonl", "{}")]
+)
+def test_files_of_others_are_not_written_over(tmp_path, name, content):
+    """In the current folder, say, which is given as the workdir."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path} holds {name} of something else: give another --workdir."):
+        starting.check_workdir(tmp_path)
+
+
+def test_a_run_without_checkpoints_begins_again(tmp_path):
+    """It ended before the first one."""
+    (tmp_path / "parameters.txt").write_text("kernel")
+    starting.check_workdir(tmp_path)
+    (tmp_path / "config.json").write_text(to_json(recipe("digits")))
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    starting.check_workdir(tmp_path)
 
 
 @pytest.mark.parametrize("placed, need", [(replicated, 64e6), (sharded, 8e6)])

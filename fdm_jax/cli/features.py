@@ -15,7 +15,7 @@ from fdm_jax.cli.distributed import wait_for_all
 from fdm_jax.cli.images import Images
 from fdm_jax.cli.record import SETTINGS, differing, made_otherwise, read_settings, write_json
 from fdm_jax.errors import UserError
-from fdm_jax.whole_files import made_again, make_folder, save_npz
+from fdm_jax.whole_files import check_unclaimed, made_again, make_folder, save_npz
 
 if TYPE_CHECKING:
     from fdm_jax.evaluation.extractors import Extractor
@@ -97,9 +97,10 @@ def _claim(folder: Path, settings: dict[str, Any], piece: int) -> None:
     """
     pieces = folder / FEATURES
     try:
+        before, kept = read_settings(folder, settings), any(pieces.glob("*"))
+        if before is None:  # the features are deleted at the end
+            check_unclaimed(folder, ["result.json", *([FEATURES] if kept else [])], "--out")
         make_folder(pieces)
-        before = read_settings(folder)
-        kept = any(pieces.glob("*"))
         # Settings alone are of a command that failed before its first piece; hidden files, such as its lock, say nothing.
         begun = kept or any(path.name not in (SETTINGS, FEATURES) for path in folder.glob("[!.]*"))
         if before is not None:  # perhaps with another --batch, or on other devices, which suit other pieces
@@ -118,7 +119,7 @@ def _claimed(folder: Path, settings: dict[str, Any]) -> int:
     Raises:
       UserError: the first process wrote other settings, or into another folder.
     """
-    found = read_settings(folder) or {}
+    found = read_settings(folder, settings) or {}
     piece = found.pop("piece", None)
     if piece is None or differing(found, settings):
         raise UserError(

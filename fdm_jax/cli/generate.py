@@ -177,7 +177,8 @@ class _Output:
         """
         path = self.path
         try:
-            before, kept = read_settings(self.folder), any(name.endswith(".png") for name in file_sizes(self.folder))
+            before = read_settings(self.folder, settings)
+            kept = any(name.endswith(".png") for name in file_sizes(self.folder))
             if before is None and kept:
                 raise UserError(
                     f"{self.folder} holds pictures that fdm generate did not make: delete it, or give another --out."

@@ -16,8 +16,10 @@ SETTINGS = "settings.json"
 PLACES = ("workdir", "guide", "images", "ref")
 
 
-def read_settings(folder: Path) -> dict[str, Any] | None:
+def read_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the results in a folder depend on, as its ``settings.json`` says; None without one.
+
+    ``settings`` are those that one would write there: with none of their names, the file is another program's.
 
     Raises:
       UserError: the file is another program's, or cannot be read.
@@ -26,14 +28,14 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        settings = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
     except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
+        found = None
+    if not isinstance(found, dict) or not found.keys() & settings.keys():
         raise UserError(f"{path} is there already and holds no settings of results: give another --out.")
-    return settings
+    return found
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -39,7 +39,7 @@ from fdm_jax.cli.sampling import (
 )
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.progress import say
-from fdm_jax.whole_files import made_again, resolved
+from fdm_jax.whole_files import check_unclaimed, made_again, resolved
 
 if TYPE_CHECKING:
     from fdm_jax.evaluation.extractors import Extractor
@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 HELP = "compare solvers on one checkpoint"
 
+RESULTS = "results.jsonl"
+# What is written beside them.
+WRITTEN = ("table.csv", "table.json", "distance.png", "frechet.png", "samples.png", "reference.npy", "parts")
 SHOWN = 8  # images in a row of the picture
 
 
@@ -92,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     judge = None
     if args.ref is not None:
         judge = open_reference(args.ref, args.extractor, args.weights, model.experiment.image_shape)
+    if not any((args.out / name).exists() for name in (RESULTS, ".lock")):  # it is no sweep's
+        check_unclaimed(args.out, WRITTEN, "--out")
     with locked(args.out):
         return _sweep(args, seeds, cases, model, judge)
 
@@ -104,7 +109,7 @@ def _sweep(
     from fdm_jax.cli.record import Record
     from fdm_jax.sampling.generate import NotFinite
 
-    record = Record(args.out / "results.jsonl", {
+    record = Record(args.out / RESULTS, {
         "workdir": str(resolved(args.workdir)), "seeds": args.seeds, "class": args.label,
         "tolerance": args.tolerance, "sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho,
         "match_original": args.match_original, "guidance": args.guidance, "guidance_interval": args.guidance_interval,

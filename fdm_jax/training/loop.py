@@ -31,7 +31,13 @@ from fdm_jax.training.evaluating import Evaluator
 from fdm_jax.training.locking import locked
 from fdm_jax.training.metering import Meter
 from fdm_jax.training.metrics import is_evaluation
-from fdm_jax.training.starting import check_configuration, fresh_state, initial_state, weights_of_another_run
+from fdm_jax.training.starting import (
+    check_configuration,
+    check_workdir,
+    fresh_state,
+    initial_state,
+    weights_of_another_run,
+)
 from fdm_jax.training.stopping import Stop, stop_requests
 from fdm_jax.training.watchdog import of_process
 from fdm_jax.training.writers import Writers, in_words, write_curves
@@ -91,8 +97,8 @@ def train(
 
     Raises:
       RestartNeeded: one of several processes was told to end; the run is saved.
-      UserError: the workdir is in use or belongs to another configuration, the batch cannot be dealt to the
-        devices, or the gradients were not finite too often in a row.
+      UserError: the workdir is in use, or belongs to another configuration or to something else; the batch cannot be
+        dealt to the devices; or the gradients were not finite too often in a row.
     """
     experiment.check_devices(jax.device_count())
     with locked(workdir, hold=jax.process_index() == 0):
@@ -207,6 +213,8 @@ class _Run:
 
     def _begin(self) -> None:
         """Everything that begins at the step of the newest checkpoint."""
+        if not self.checkpoints.steps():
+            check_workdir(self.workdir)
         state, position = initial_state(self.experiment, self.parallel.state_sharding, self.checkpoints, self.workdir)
         if position is not None:
             self.batches.set_state(position)

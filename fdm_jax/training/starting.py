@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,9 @@ from fdm_jax.errors import UserError
 from fdm_jax.experiment import Experiment, differing_fields
 from fdm_jax.host_memory import machine_memory
 from fdm_jax.networks import SongUNet
-from fdm_jax.training.checkpoints import Checkpoints, check_alike
+from fdm_jax.training.checkpoints import Checkpoints, check_alike, read_config
 from fdm_jax.training.step import TrainSpec, TrainState, init_state
-from fdm_jax.whole_files import place, write_text
+from fdm_jax.whole_files import check_unclaimed, place, write_text
 
 # Beginnings of those that decide the shapes of the weights, and of some among them that do not.
 SHAPING_FIELDS = ("network.", "augment.labels", "data.resolution", "data.channels", "data.num_classes")
@@ -91,6 +92,19 @@ def check_memory(state: Any) -> None:
             f"The network has {count:,} parameters: with Adam's moments and the average they take "
             f"{need / 2**30:,.1f} GiB, and {where} has {have / 2**30:,.1f} GiB: take a smaller network, or {instead}."
         )
+
+
+def check_workdir(workdir: Path) -> None:
+    """Refuse the folder of something else that is given as that of a run without checkpoints, such as the current one.
+
+    Raises:
+      UserError: a file of a name that many programs use would be written over.
+    """
+    with contextlib.suppress(UserError):
+        saved = read_config(workdir)
+        if isinstance(saved, dict) and "network" in saved:  # of a run that ended before its first checkpoint
+            return
+    check_unclaimed(workdir, ("config.json", "metrics.jsonl"), "--workdir")
 
 
 def initial_state(

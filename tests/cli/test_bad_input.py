@@ -208,6 +208,14 @@ def test_workdir_of_another_configuration_names_the_fields(capsys, straight_run,
     assert config["seed"] == 0 and config["eval"]["ref"] is None
 
 
+def test_the_folder_of_something_else_as_the_workdir(capsys, tmp_path, data_dir):
+    (tmp_path / "config.json").write_text("mine")
+    sentence = refused(capsys, tiny.arguments(tmp_path, data_dir))
+    assert f"{tmp_path} holds config.json of something else: give another --workdir." in sentence
+    assert (tmp_path / "config.json").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} <= {"config.json", ".lock", "checkpoints"}
+
+
 def test_workdir_that_cannot_be_written(capsys, tmp_path, data_dir):
     (tmp_path / "file").write_text("")
     sentence = refused(capsys, tiny.arguments(tmp_path / "file" / "run", data_dir))

@@ -300,6 +300,19 @@ def test_settings_without_features_stand_in_nobodys_way(tmp_path):
         _claim(tmp_path, {"first_seed": 3}, 512)
 
 
+@pytest.mark.parametrize("name", ["features/mine.txt", "features/.mine", "result.json"])
+def test_files_of_others_are_kept(tmp_path, name):
+    """In the current folder, say; the folder of features is deleted at the end."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(
+        UserError, match=f"{tmp_path} holds {name.partition('/')[0]} of something else: give another --out."
+    ):
+        _claim(tmp_path, {"first_seed": 1}, 512)
+    assert file.read_text() == "mine" and not (tmp_path / "settings.json").exists()
+
+
 def test_another_batch_goes_on_with_the_pieces_that_are_there(tmp_path):
     settings = {"first_seed": 1, "workdir": "/here"}
     _claim(tmp_path, settings, 512)

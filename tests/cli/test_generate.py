@@ -174,11 +174,12 @@ def test_pictures_of_others_are_not_taken_for_ours(straight_run, tmp_path, capsy
     assert (out / "000000.png").read_bytes() == b"mine" and len(list(out.glob("[!.]*"))) == 1
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\udcff"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "\udcff", '{"editor.fontSize": 12}'])
 def test_a_file_of_another_program_in_the_place_of_the_settings(straight_run, tmp_path, capsys, text):
     (tmp_path / "settings.json").write_bytes(text.encode(errors="surrogateescape"))
     assert generate(straight_run, tmp_path) == 2
     assert "settings.json is there already and holds no settings of results: give another" in capsys.readouterr().err
+    assert (tmp_path / "settings.json").read_bytes() == text.encode(errors="surrogateescape")
 
 
 @pytest.mark.parametrize(

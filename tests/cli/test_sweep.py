@@ -63,6 +63,15 @@ def test_a_network_of_bfloat16_is_measured_by_the_same_solution(folder, straight
     assert plain["distance"] < row["distance"] < 0.1
 
 
+def test_files_of_others_are_kept(straight_run, tmp_path, capsys):
+    """In the current folder, say; those of a sweep whose record was deleted are its own."""
+    for name in ("table.csv", "samples.png"):
+        (tmp_path / name).write_text("mine")
+    assert sweep(straight_run, tmp_path) == 2
+    assert f"{tmp_path} holds table.csv, samples.png of something else: give another --out." in capsys.readouterr().err
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["mine", "mine"]
+
+
 def test_the_pictures(folder):
     out, _ = folder
     for name in ("distance.png", "frechet.png", "samples.png"):
