@@ -46,6 +46,7 @@ HELP = "trace a few steps, and say where the time goes"
 
 IDLE_SHARE = 0.02  # above which it is worth a word
 LOOP_WARM_UP = 10  # steps of the loop before it is traced
+MAX_STEPS = 1000  # so many of a small network on a CPU take 6 GB, and a minute and a half
 WIDTH = 44  # of a name in the text
 
 
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     if args.what not in WHAT:
         raise UserError(f"--what cannot be {args.what!r}: {nearest(args.what, WHAT)}")
     need_positive(args, "batch_size", "steps", "top")
+    if args.steps is not None and args.steps > MAX_STEPS:
+        raise UserError(f"--steps must be at most {MAX_STEPS}, or the trace fills the memory, and is {args.steps}.")
     if args.what == "sample" or (args.what == "loop" and load(overriding(args)).train.steps_at_once > 1):
         launch_operations_singly()  # now, before JAX starts
     with joined(args.distributed, None, leave_when_told=True):

@@ -57,6 +57,7 @@ def test_words(profiled):
         ("--what=training", "--what cannot be 'training': did you mean 'train'?"),
         ("--config=", "There is no configuration file ''"),
         ("--steps=0", "--steps must be 1 or more, and is 0."),
+        ("--steps=1001", "--steps must be at most 1000, or the trace fills the memory, and is 1001."),
         ("--out=/dev/null/profile", "--out=/dev/null/profile cannot be made: Not a directory."),
         ("--what=loop --config.parallel=pmap", "parallel=pmap compiles for the devices of this process only"),
     ],
