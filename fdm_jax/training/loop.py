@@ -25,7 +25,7 @@ from fdm_jax.host_memory import program_check
 from fdm_jax.progress import Progress
 from fdm_jax.sampling.generate import BatchedGenerator, NotFinite
 from fdm_jax.storage_errors import file_trouble
-from fdm_jax.training.agreement import check_config, check_data, check_shared
+from fdm_jax.training.agreement import all_or_none, check_config, check_data, check_shared
 from fdm_jax.training.checkpoints import Checkpoints
 from fdm_jax.training.evaluating import Evaluator
 from fdm_jax.training.locking import locked
@@ -214,7 +214,9 @@ class _Run:
     def _begin(self) -> None:
         """Everything that begins at the step of the newest checkpoint."""
         if not self.checkpoints.steps():
-            check_workdir(self.workdir)
+            with all_or_none(f"{self.workdir} cannot be used by the first process, which says why."):
+                if self.main:  # before it writes what others could take for a stranger's
+                    check_workdir(self.workdir)
         state, position = initial_state(self.experiment, self.parallel.state_sharding, self.checkpoints, self.workdir)
         if position is not None:
             self.batches.set_state(position)
