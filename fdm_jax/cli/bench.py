@@ -117,6 +117,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 f"The batch size is {batch}, and must divide by {jax.device_count()} device(s) times "
                 f"{rounds} round(s) of accumulation: set --batch-size."
             )
+        if batch >= 2**31:  # more than NumPy and XLA count; what memory does not hold is refused later
+            raise UserError(f"The batch size must be below 2^31, and is {batch}: set --batch-size.")
         yield case
 
 
