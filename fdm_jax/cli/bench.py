@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -117,8 +118,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 f"The batch size is {batch}, and must divide by {jax.device_count()} device(s) times "
                 f"{rounds} round(s) of accumulation: set --batch-size."
             )
-        if batch >= 2**31:  # more than NumPy and XLA count; what memory does not hold is refused later
-            raise UserError(f"The batch size must be below 2^31, and is {batch}: set --batch-size.")
+        if batch * math.prod(case.image_shape) >= 2**62:  # NumPy counts no further; what memory lacks is said later
+            raise UserError(f"The batch size is {batch}, more than can be counted: set --batch-size.")
         yield case
 
 

@@ -47,7 +47,7 @@ def test_both_measurements(capsys, matmul):
         ("--steps=0", "--steps must be 1 or more, and is 0."),
         ("--remat=8,fine", "--remat must be resolutions such as 32,16, and is '8,fine'."),
         ("--remat=16", "remat names the resolution 16, and the network's are [8, 4]."),
-        ("--batch-size=9223372036854775808", "The batch size must be below 2^31, and is 9223372036854775808"),
+        ("--batch-size=9223372036854775808", "The batch size is 9223372036854775808, more than can be counted"),
         ("--batch-size=12", "The batch size is 12, and must divide by 8 device(s)"),
     ],
 )
