@@ -262,12 +262,8 @@ def _cost(plan: Plan, flops: int) -> list[tuple[str, str]]:
     if plan.price is None:
         return []
     hours = plan.seconds(flops) / 3600 * plan.num_devices
-    return [
-        (
-            "  cost",
-            f"about {_dollars(plan.dollars(flops))}: {significant(hours, 3)} device hours at {_dollars(plan.price)}",
-        )
-    ]
+    cost, price = _dollars(plan.dollars(flops)), _dollars(plan.price)
+    return [("  cost", f"about {cost}: {significant(hours, 3)} device hours at {price}")]
 
 
 def _dollars(value: float) -> str:

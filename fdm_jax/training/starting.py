@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from fdm_jax.errors import UserError
 from fdm_jax.experiment import Experiment, differing_fields
 from fdm_jax.host_memory import machine_memory
 from fdm_jax.networks import SongUNet
-from fdm_jax.training.checkpoints import Checkpoints, check_alike, read_config
+from fdm_jax.training.checkpoints import Checkpoints, check_alike
 from fdm_jax.training.step import TrainSpec, TrainState, init_state
 from fdm_jax.whole_files import check_unclaimed, place, write_text
 
@@ -99,9 +100,10 @@ def check_workdir(workdir: Path) -> None:
 
     Raises:
       UserError: a file of a name that many programs use would be written over.
+      OSError: it cannot be read.
     """
-    with contextlib.suppress(UserError):
-        saved = read_config(workdir)
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        saved = json.loads((workdir / "config.json").read_text())
         if isinstance(saved, dict) and "network" in saved:  # of a run that ended before its first checkpoint
             return
     check_unclaimed(workdir, ("config.json", "metrics.jsonl"), "--workdir")
