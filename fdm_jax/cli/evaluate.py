@@ -255,10 +255,11 @@ def make_reference(args: argparse.Namespace) -> int:
         args.weights and local_copy(args.weights),
         (spec.resolution, spec.resolution, spec.channels),
     )
-    maker = FeatureMaker(extractor, make_mesh(), args.batch, program_check())
+    read = min(512, num)  # images at once
+    maker = FeatureMaker(extractor, make_mesh(), min(args.batch, read), program_check())
     counted, kept = Moments(extractor.width), []
     progress = Progress(num, 0)
-    for batch in source.in_order(512, num):
+    for batch in source.in_order(read, num):
         features, _ = maker(batch["image"])
         counted.add(features)
         if args.keep_features:

@@ -270,7 +270,7 @@ def judge_case(
         figures["distance_error"] = float(rms.std(ddof=1) / np.sqrt(len(rms))) if len(rms) > 1 else None
     if judge is not None:
         stats, extractor = judge
-        maker = FeatureMaker(extractor, make_mesh(), args.batch, program_check())
+        maker = FeatureMaker(extractor, make_mesh(), generator.batch_size, program_check())
         counted = Moments(extractor.width)
         for start in range(0, args.num, generator.batch_size):
             more = np.arange(start, min(start + generator.batch_size, args.num), dtype=np.uint32)

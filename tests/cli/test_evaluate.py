@@ -59,7 +59,7 @@ def test_statistics_are_those_of_the_pixels(place, data_dir):
 
 
 def test_what_the_actions_share_may_stand_before_them(tmp_path, data_dir):
-    shared = ["--extractor=pixels", "--num=100", "--keep-features"]
+    shared = ["--extractor=pixels", "--num=100", "--keep-features", f"--batch={2**63}"]  # no more than there are
     more = [f"--data_dir={data_dir.partition('=')[2]}", "--data=digits", f"--out={tmp_path}/ref.npz"]
     assert main(["evaluate", *shared, "ref", *more]) == 0
     with np.load(tmp_path / "ref.npz") as data:
