@@ -31,7 +31,8 @@ def extract_all(
     Each process makes every so-manieth piece on its own devices; the folder is one that all of them see.
 
     Raises:
-      UserError: the folder holds an evaluation of other settings, cannot be written, or is not one for all processes.
+      UserError: the folder holds an evaluation of other settings, or files of something else; it cannot be written; or it
+        is not one for all processes.
     """
     import jax
 
