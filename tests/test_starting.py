@@ -29,7 +29,15 @@ def state(placed):
 
 
 @pytest.mark.parametrize(
-    "name, content", [("config.json", '{"mine": 1}'), ("config.json", "mine"), ("metrics.jsonl", "{}")]
+    "name, content",
+    [
+        ("config.json", '{"mine": 1}'),
+        ("config.json", "mine"),
+        ("metrics.jsonl", "{}"),
+        ("parameters.txt", "mine"),
+        ("curves.png", ""),
+        ("held_out.png", ""),
+    ],
 )
 def test_files_of_others_are_not_written_over(tmp_path, name, content):
     """In the current folder, say, which is given as the workdir."""
@@ -40,10 +48,10 @@ def test_files_of_others_are_not_written_over(tmp_path, name, content):
 
 def test_a_run_without_checkpoints_begins_again(tmp_path):
     """It ended before the first one."""
-    (tmp_path / "parameters.txt").write_text("kernel")
     starting.check_workdir(tmp_path)
     (tmp_path / "config.json").write_text(to_json(recipe("digits")))
-    (tmp_path / "metrics.jsonl").write_text("{}")
+    for name in ("parameters.txt", "metrics.jsonl", "curves.png"):
+        (tmp_path / name).touch()
     starting.check_workdir(tmp_path)
 
 

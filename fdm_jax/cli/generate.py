@@ -41,7 +41,7 @@ from fdm_jax.cli.sampling import (
 )
 from fdm_jax.errors import UserError
 from fdm_jax.storage_errors import disk_full, refusal
-from fdm_jax.whole_files import file_sizes, is_remote, remove_files, save_npz, write_text
+from fdm_jax.whole_files import check_unclaimed, file_sizes, is_remote, remove_files, save_npz, write_text
 
 HELP = "generate images with a trained model"
 
@@ -178,16 +178,20 @@ class _Output:
         path = self.path
         try:
             before = read_settings(self.folder, settings)
-            kept = any(name.endswith(".png") for name in file_sizes(self.folder))
+            there = [each.name for each in self.folder.iterdir() if not each.name.startswith(".")]
+            # A temporary folder is deleted in the end, with all that is in it.
+            kept = [name for name in there if name.endswith(".png") or self.folder != path]
             if before is None and kept:
                 raise UserError(
-                    f"{self.folder} holds pictures that fdm generate did not make: delete it, or give another --out."
+                    f"{self.folder} holds {min(kept)}, which fdm generate did not make: delete it, or give another --out."
                 )
             if before is not None and (different := differing(before, settings)):
                 if self.folder != path:
                     self._clear()  # ours, and of another request
                 elif kept:
                     raise made_otherwise(path, "images", different)
+                else:  # the settings may be an evaluation's
+                    check_unclaimed(path, ("features", "result.json"), "--out")
             write_text(self.folder / SETTINGS, json.dumps(settings, indent=1))
         except OSError as error:
             if disk_full(error):

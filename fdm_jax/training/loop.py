@@ -36,6 +36,7 @@ from fdm_jax.training.starting import (
     check_workdir,
     fresh_state,
     initial_state,
+    list_parameters,
     weights_of_another_run,
 )
 from fdm_jax.training.stopping import Stop, stop_requests
@@ -217,11 +218,13 @@ class _Run:
             with all_or_none(f"{self.workdir} cannot be used by the first process, which says why."):
                 if self.main:  # before it writes what others could take for a stranger's
                     check_workdir(self.workdir)
-        state, position = initial_state(self.experiment, self.parallel.state_sharding, self.checkpoints, self.workdir)
+        state, position = initial_state(self.experiment, self.parallel.state_sharding, self.checkpoints)
         if position is not None:
             self.batches.set_state(position)
         if self.main:  # not before it is sure that the run goes on with it
             write_text(self.workdir / "config.json", to_json(self.config))
+            if position is None:  # after config.json, which says that the workdir is a run's
+                list_parameters(state.params, self.workdir)
         self.step = int(state.step)
         self.state = self.parallel.put_state(state)  # on the devices, in the form that the step takes
         self.writers = Writers(self.workdir, self.step, self.nimg) if self.main else None

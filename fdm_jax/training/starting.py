@@ -106,11 +106,13 @@ def check_workdir(workdir: Path) -> None:
         saved = json.loads((workdir / "config.json").read_text())
         if isinstance(saved, dict) and "network" in saved:  # of a run that ended before its first checkpoint
             return
-    check_unclaimed(workdir, ("config.json", "metrics.jsonl"), "--workdir")
+    check_unclaimed(
+        workdir, ("config.json", "metrics.jsonl", "parameters.txt", "curves.png", "held_out.png"), "--workdir"
+    )
 
 
 def initial_state(
-    experiment: Experiment, state_sharding: Callable[[Any], Any], checkpoints: Checkpoints, workdir: Path
+    experiment: Experiment, state_sharding: Callable[[Any], Any], checkpoints: Checkpoints
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """The state to go on from, canonical, and the position in the data; None for that if the run is new.
 
@@ -118,7 +120,6 @@ def initial_state(
       experiment: the run.
       state_sharding: shapes of a state -> where each of its arrays is to lie.
       checkpoints: of the run.
-      workdir: of the run; a new one gets its ``parameters.txt``.
 
     Raises:
       UserError: the state does not fit into memory; there are checkpoints, and none can be read; or init_from names no
@@ -134,12 +135,14 @@ def initial_state(
     state = init()
     if variables is not None:
         state = _with_weights(state, variables)
-    if jax.process_index() == 0:
-        overview = clu.parameter_overview.get_parameter_overview(state.params, include_stats=False)
-        write_text(workdir / "parameters.txt", overview + "\n")
-        count = clu.parameter_overview.count_parameters(state.params)
-        print(f"Parameters: {count:,}, listed in {workdir / 'parameters.txt'}.", flush=True)
     return state, None
+
+
+def list_parameters(params: Any, workdir: Path) -> None:
+    """Write ``parameters.txt``, and say how many they are."""
+    path = workdir / "parameters.txt"
+    write_text(path, clu.parameter_overview.get_parameter_overview(params, include_stats=False) + "\n")
+    print(f"Parameters: {clu.parameter_overview.count_parameters(params):,}, listed in {path}.", flush=True)
 
 
 def weights_of_another_run(experiment: Experiment) -> Any:

@@ -170,8 +170,32 @@ def test_pictures_of_others_are_not_taken_for_ours(straight_run, tmp_path, capsy
     out.mkdir()
     (out / "000000.png").write_bytes(b"mine")
     assert generate(straight_run, out) == 2
-    assert f"{out} holds pictures that fdm generate did not make" in capsys.readouterr().err
+    assert f"{out} holds 000000.png, which fdm generate did not make" in capsys.readouterr().err
     assert (out / "000000.png").read_bytes() == b"mine" and len(list(out.glob("[!.]*"))) == 1
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "notes/a.txt"])
+def test_a_folder_of_somebody_is_not_the_temporary_one(straight_run, tmp_path, capsys, name):
+    """Which would be deleted, with all that is in it."""
+    kept = tmp_path / "grid.png.parts" / name
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    assert generate(straight_run, tmp_path / "grid.png", "--seeds=0-3") == 2
+    assert f"grid.png.parts holds {name[:5]}" in capsys.readouterr().err
+    assert kept.read_text() == "mine" and not (tmp_path / "grid.png.parts/settings.json").exists()
+
+
+@pytest.mark.parametrize("name", ["result.json", "features/000000000.npz"])
+def test_settings_of_an_evaluation_are_kept(straight_run, tmp_path, capsys, name):
+    """Without them its features would be lost."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    (tmp_path / "settings.json").write_text('{"solver": "heun", "piece": 512}')
+    assert generate(straight_run, tmp_path) == 2
+    assert (
+        f"{tmp_path} holds {name.partition('/')[0]} of something else: give another --out." in capsys.readouterr().err
+    )
+    assert "piece" in (tmp_path / "settings.json").read_text()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\udcff", '{"editor.fontSize": 12}'])

@@ -206,7 +206,7 @@ def test_generated_into_the_bucket(store, run, tmp_path, capsys):
     assert "gs://bucket/out/images holds images made with another class" in capsys.readouterr().err
     store.put("bucket", "data/0.png", b"mine")
     assert generate("gs://bucket/data") == 2
-    assert "gs://bucket/data holds pictures that fdm generate did not make" in capsys.readouterr().err
+    assert "gs://bucket/data holds 0.png, which fdm generate did not make" in capsys.readouterr().err
 
 
 @pytest.mark.slow
