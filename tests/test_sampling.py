@@ -199,6 +199,19 @@ def test_seeds_without_labels_are_refused():
         next(generator({}, np.arange(3), np.zeros(2)))
 
 
+def test_a_batch_of_nothing_is_refused():
+    with pytest.raises(UserError, match="The batch size must be 1 or more, and is 0"):
+        BatchedGenerator(lambda variables, seeds, labels: seeds, make_mesh(), 0)
+
+
+@pytest.mark.parametrize("wrong", [[None, 1], ["3", None], [2**64, 1.5]])
+def test_seeds_and_classes_are_integers(wrong):
+    with pytest.raises(UserError, match="Seeds are a list of integers"):
+        latents(wrong, (1,))
+    with pytest.raises(UserError, match="Classes are integers or names, and not object"):
+        choose_labels(wrong, np.arange(2), 3)
+
+
 def test_the_program_of_a_generator_is_checked_once():
     traced, checked = [], []
 

@@ -175,6 +175,9 @@ class BatchedGenerator:
       batch_size: rounded up to a multiple of the devices.
       quantise: whether images are uint8; else they are as ``generate`` gives them.
       check: of the program, see :func:`~fdm_jax.devices.checked`.
+
+    Raises:
+      UserError: the batch size is not 1 or more.
     """
 
     def __init__(
@@ -185,6 +188,8 @@ class BatchedGenerator:
         quantise: bool = True,
         check: Callable[[jax.stages.Compiled], None] | None = None,
     ):
+        if batch_size < 1:
+            raise UserError(f"The batch size must be 1 or more, and is {batch_size}.")
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._rows, self._whole = rows, whole = sharded(mesh), replicated(mesh)
         self._mesh, self._quantise = mesh, quantise

@@ -28,11 +28,17 @@ def as_seeds(numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         integers.
     """
     numbers = np.asarray(numbers)
-    if numbers.ndim != 1 or numbers.dtype.kind not in "iuO":  # O: integers beyond 64 bits
+    if numbers.ndim != 1 or not _are_integers(numbers):
         raise UserError(f"Seeds are a list of integers, [B], and these are {numbers.dtype} {list(numbers.shape)}.")
     for wrong in numbers[(numbers < 0) | (numbers >= 2**32)][:1]:
         raise UserError(f"Seeds go from 0 to {2**32 - 1}, and {wrong} is given.")
     return numbers.astype(np.uint32)
+
+
+def _are_integers(numbers: np.ndarray) -> bool:
+    if numbers.dtype.kind == "O":  # some beyond 64 bits, or anything else
+        return all(isinstance(number, int) for number in numbers.flat)
+    return numbers.dtype.kind in "iu"
 
 
 def _keys(seeds: jax.Array, stream: int) -> jax.Array:
@@ -85,7 +91,7 @@ def choose_labels(
             raise UserError(f"The class must be {right}, and is {str(wrong)!r}.")
         numbers = {name: number for number, name in enumerate(class_names)}
         classes = np.array([numbers[name] for name in classes.flat], np.int32).reshape(classes.shape)
-    if classes.dtype.kind not in "iuO":
+    if not _are_integers(classes):
         raise UserError(f"Classes are integers or names, and not {classes.dtype}.")
     for wrong in classes[(classes < 0) | (classes >= num_classes)].flat:
         raise UserError(f"The class must be {right}, and is {wrong}.")
