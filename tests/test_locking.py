@@ -36,6 +36,13 @@ def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch, caps
     assert "cannot be locked (Function not implemented): see to it that nothing else works there." in said
 
 
+def test_a_file_of_others_with_the_name_of_the_lock_keeps_what_it_holds(tmp_path):
+    (tmp_path / ".lock").write_text("mine")
+    with locking.locked(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_text() == "mine"
+
+
 def test_lock_is_held_and_given_back(store):
     workdir = place("gs://bucket/held")
     with locking.locked(workdir):

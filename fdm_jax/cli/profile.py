@@ -35,7 +35,7 @@ from fdm_jax.cli.distributed import add_distributed_argument, joined
 from fdm_jax.cli.places import place_argument
 from fdm_jax.errors import UserError, nearest
 from fdm_jax.progress import significant
-from fdm_jax.whole_files import is_remote, remove_files, remove_folder, write_whole
+from fdm_jax.whole_files import check_unclaimed, is_remote, remove_files, remove_folder, write_whole
 
 if TYPE_CHECKING:
     from fdm_jax.cli.bench import Case, Program
@@ -105,7 +105,7 @@ def _filled(out: Path) -> Iterator[Path]:
     """A folder for the first process to fill: ``out`` itself, or a local one whose files are then put on gs://.
 
     Raises:
-      UserError: ``out`` cannot be written; nothing has been compiled for it yet.
+      UserError: ``out`` cannot be written, or is something else's; nothing has been compiled for it yet.
     """
     import jax
 
@@ -121,6 +121,8 @@ def _filled(out: Path) -> Iterator[Path]:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"--out={out} cannot be made: {error.strerror}.") from error
+        if first and not (out / "plugins").exists():  # the folder of traces, which comes before the other two
+            check_unclaimed(out, ("profile.json", "profile.txt"), "--out")
     if not (first and is_remote(out)):
         yield out
         return

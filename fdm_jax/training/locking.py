@@ -56,7 +56,7 @@ def _in_use(workdir: Path, by: str = "Another process") -> UserError:
 def _local_lock(workdir: Path, hold: bool) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("w")
+        file = (workdir / ".lock").open("a")
     except OSError as error:
         raise UserError(f"{workdir} cannot be written: {error.strerror}; give another folder.") from error
     with file:

@@ -93,3 +93,10 @@ def test_loop(tmp_path, capsys, monkeypatch, at_once, steps):
     printed = capsys.readouterr()
     assert "First step done" in printed.err and "of operations per step of 8 images" in printed.out
     assert {path.name for path in tmp_path.iterdir()} == {"plugins", "profile.json", "profile.txt"}
+
+
+@pytest.mark.parametrize("name", ["profile.json", "profile.txt"])
+def test_files_of_others_are_not_written_over(tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    assert main(["profile", f"--config={tiny.CONFIG}", *tiny.OVERRIDES, f"--out={tmp_path}"]) == 2
+    assert f"{tmp_path} holds {name} of something else: give another --out." in capsys.readouterr().err
