@@ -239,6 +239,10 @@ def test_classes_by_number_and_by_name():
         assert choose_labels(chosen, seeds, 3, names).tolist() == [2, 2, 2]
     np.testing.assert_array_equal(choose_labels(["owl", "cat", "dog"], seeds, 3, names), [2, 0, 1])
     np.testing.assert_array_equal(choose_labels(None, seeds, 3, names), labels(jnp.asarray(seeds), 3))
+    assert set(choose_labels(None, np.arange(100), 3).tolist()) == {0, 1, 2}
+    assert choose_labels([2], seeds, 3).tolist() == [
+        2
+    ]  # which whoever takes them refuses, as they are not one for each
     assert choose_labels(None, seeds, 0).tolist() == [-1, -1, -1]
     with pytest.raises(UserError, match="knows no class 'dig': did you mean 'dog'?"):
         choose_labels(["owl", "dig", "dog"], seeds, 3, names)

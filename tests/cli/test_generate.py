@@ -1,6 +1,8 @@
 """Images from a run: by seed, in one grid or one npz, resumed, refused."""
 
+import errno
 import json
+import os
 import shutil
 
 import jax
@@ -127,6 +129,29 @@ def test_it_goes_on_after_a_kill_that_came_while_the_pieces_were_removed(straigh
     assert out.exists() and [path.name for path in parts.iterdir()] == [".lock"]
     assert generate(straight_run, out, "--seeds=0-3", "--batch=8") == 0
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_grid_takes_no_image_of_a_request_that_was_killed(straight_run, tmp_path, monkeypatch):
+    """With other settings, for the same file."""
+    out, alone = tmp_path / "grid.npz", tmp_path / "alone.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_module._Output, "finish", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(straight_run, out, "--seeds=0-3", "--batch=8", "--class=1")
+    assert (tmp_path / "grid.npz.parts/000003.png").exists()
+    for made in (out, alone):
+        assert generate(straight_run, made, "--seeds=0-3", "--batch=8", "--class=2") == 0
+    np.testing.assert_array_equal(np.load(out)["image"], np.load(alone)["image"])
+    assert sorted(tmp_path.iterdir()) == [alone, out]
+
+
+def test_a_disk_that_is_full_is_said(straight_run, tmp_path, monkeypatch, capsys):
+    def write_text(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(generate_module, "write_text", write_text)
+    assert generate(straight_run, tmp_path, "--seeds=0-3", "--batch=8") == 2
+    assert "The disk, or your quota of it, is full: make room" in capsys.readouterr().err
 
 
 def test_a_run_that_was_moved_goes_on_in_its_folder(straight_run, tmp_path):
